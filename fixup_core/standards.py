@@ -1,0 +1,86 @@
+"""Standard initialisations: the distributions that rule 2 scales.
+
+A ``Standard`` says how wide a module's weights are drawn; drawing is ``fixup_core.init``'s alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from fixup_core import scaling
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+
+
+@dataclass(frozen=True)
+class Standard:
+    """A zero-mean distribution for the weights of a module.
+
+    Attributes:
+        name: As printed in reports.
+        std: The standard deviation for a module, before any factor.
+        uniform: Uniform if true, else normal.
+    """
+
+    name: str
+    std: Callable[[nn.Module], float]
+    uniform: bool
+
+
+def fans(module: nn.Module) -> tuple[int, int]:
+    """Fan-in and fan-out of a linear layer or convolution.
+
+    The fan-out of a grouped convolution counts all output channels, as the authors' code does;
+    its fan-in counts the channels of one group.
+    """
+    weight = module.weight
+    receptive = weight[0, 0].numel() if weight.dim() > 2 else 1
+    outputs, inputs = weight.shape[:2]
+    if isinstance(module, TRANSPOSED):
+        outputs, inputs = inputs, outputs
+    return inputs * receptive, outputs * receptive
+
+
+def _xavier(module: nn.Module) -> float:
+    return scaling.xavier_std(*fans(module))
+
+
+def _xavier_packed(module: nn.Module) -> float:
+    fan_in, fan_out = fans(module)
+    return scaling.xavier_std(fan_in, 3 * fan_out)
+
+
+def _he(module: nn.Module) -> float:
+    return scaling.he_std(fans(module)[1])
+
+
+def _torch_default(module: nn.Module) -> float:
+    return scaling.torch_default_std(fans(module)[0])
+
+
+def _embedding(module: nn.Module) -> float:
+    return scaling.embedding_std(module.weight.shape[1])
+
+
+HE_NORMAL = Standard("He normal, fan-out", _he, uniform=False)
+XAVIER_UNIFORM = Standard("Xavier uniform", _xavier, uniform=True)
+PACKED_XAVIER_UNIFORM = Standard("Xavier uniform, packed q/k/v", _xavier_packed, uniform=True)
+"""The fan of one packed ``3d x d`` matrix of queries, keys and values, as in the authors' code:
+the bound is ``sqrt(6 / (3d + d))`` where separate matrices have ``sqrt(6 / 2d)``."""
+TORCH_DEFAULT = Standard("PyTorch default", _torch_default, uniform=True)
+EMBEDDING_NORMAL = Standard("normal, d^-1/2", _embedding, uniform=False)
+
+
+def standard_of(module: nn.Module) -> Standard | None:
+    """The default for a module's type, or ``None`` where no rule covers the type."""
+    if isinstance(module, CONVOLUTIONS):
+        return HE_NORMAL
+    if isinstance(module, nn.Linear):
+        return XAVIER_UNIFORM
+    if isinstance(module, nn.Embedding):
+        return EMBEDDING_NORMAL
+    return None

@@ -1,0 +1,12 @@
+"""Fixup Transformers for fairseq: ``fairseq-train DATA --user-dir fixup_mt --arch ...``.
+
+Importing the package registers the models ``transformer_fixup`` and ``transformer_fixup_lm`` and
+repairs what today's fairseq does silently wrong (``fixup_mt.repairs``).
+"""
+
+from fixup_mt import model as _model  # noqa: F401 (registers the models)
+from fixup_mt import presets as _presets
+from fixup_mt import repairs as _repairs
+
+_presets.register()
+_repairs.apply()

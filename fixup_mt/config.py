@@ -1,0 +1,187 @@
+"""The models' options: fairseq's own, without those that only normalisation needs, and Fixup's.
+
+fairseq's ``TransformerConfig`` nests the encoder's and decoder's options, and its command line
+silently ignores such nested options in a registered model. So the options are taken from it,
+flattened (``encoder_layers``, ``decoder_layers``, ...), and nested again when a model is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from typing import Any, Optional
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass.utils import merge_with_parent
+from fairseq.models.transformer import TransformerConfig
+from fairseq.models.transformer.transformer_config import (
+    DecoderConfig,
+    EncDecBaseConfig,
+    QuantNoiseConfig,
+)
+from fairseq.models.transformer_lm import TransformerLanguageModelConfig
+from omegaconf import II, DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
+
+from fixup_mt.errors import UserError
+
+NESTED = {"encoder": EncDecBaseConfig, "decoder": DecoderConfig, "quant_noise": QuantNoiseConfig}
+
+NOT_OFFERED = frozenset(
+    {
+        # There is no normalisation to place, drop, export or add.
+        *("normalize_before", "layernorm_embedding", "no_decoder_final_norm", "export"),
+        *("scale_fc", "scale_attn", "scale_heads", "scale_resids"),
+        # BASE layers contain LayerNorm; xFormers replaces the attention module.
+        *("base_layers", "base_sublayers", "base_shuffle", "xformers_att_config"),
+        # Declared by fairseq but read by none of its Transformers, or an old name.
+        *("char_inputs", "relu_dropout"),
+    }
+)
+"""fairseq's options that a normalisation-free Transformer cannot have: giving one is an error."""
+
+OWN_TYPES: dict[str, tuple[Any, Any]] = {
+    # fairseq declares a list but reads a comma-separated string.
+    "encoder_layers_to_keep": (Optional[str], None),
+    "decoder_layers_to_keep": (Optional[str], None),
+    # None takes the width of the decoder's layers.
+    "decoder_input_dim": (Optional[int], None),
+    "decoder_output_dim": (Optional[int], None),
+}
+
+LIKE_THE_ENCODER: dict[str, tuple[Any, Any]] = {
+    # None takes the encoder's, as fairseq's architectures do.
+    "decoder_embed_dim": (Optional[int], None),
+    "decoder_ffn_embed_dim": (Optional[int], None),
+}
+
+
+def _fixup_field(kind: Any, default: Any, text: str | None) -> tuple[Any, Any]:
+    return kind, dataclasses.field(default=default, metadata={"help": text})
+
+
+COMPAT = ChoiceEnum(["none", "authors"])
+TIED_OUTPUT = ChoiceEnum(["leave", "scale", "gain"])
+AUTOCAST = ChoiceEnum(["none", "bf16", "fp16"])
+
+FIXUP_FIELDS: dict[str, tuple[Any, Any]] = {
+    "fixup_scalar_lr_ratio": _fixup_field(
+        float, 1.0, "learning rate of Fixup's scalars over that of the weights"
+    ),
+    "fixup_tied_output": _fixup_field(
+        TIED_OUTPUT,
+        "gain",
+        "what stands for a zero output layer when it shares the embeddings: leave (nothing), "
+        "scale (logits times d^-1/2), gain (logits times a scalar that starts at 0)",
+    ),
+    "fixup_compat": _fixup_field(
+        COMPAT,
+        "none",
+        "authors: scale cross-attention as the authors' code does, as if there were 12 branches",
+    ),
+    "fixup_autocast": _fixup_field(
+        AUTOCAST,
+        "none",
+        "run the model under torch.autocast in this type; scalars, logits and loss stay float32",
+    ),
+    # No help text: fairseq then adds no option and takes the value from the optimiser's name.
+    "fixup_optimizer": _fixup_field(str, II("optimizer._name"), None),
+}
+
+
+def _flat_fields(config: type, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    fields: dict[str, tuple[Any, Any]] = {}
+    for field in dataclasses.fields(config):
+        if field.name in NESTED:
+            fields |= _flat_fields(NESTED[field.name], f"{field.name}_")
+        elif field.name != "_name" and _offered(field.name):
+            copy = dataclasses.field(default=field.default, metadata=dict(field.metadata))
+            fields[prefix + field.name] = field.type, copy
+    return fields
+
+
+def _offered(name: str) -> bool:
+    return name.removeprefix("decoder_") not in NOT_OFFERED
+
+
+def _config_class(name: str, base: type, own: dict[str, tuple[Any, Any]]) -> type:
+    fields = _flat_fields(base)
+    for key, (kind, default) in own.items():
+        if key in fields:
+            text = fields[key][1].metadata.get("help")
+            fields[key] = _fixup_field(kind, default, text)
+    fields |= FIXUP_FIELDS
+    spec = [(key, kind, default) for key, (kind, default) in fields.items()]
+    return dataclasses.make_dataclass(name, spec, bases=(FairseqDataclass,))
+
+
+FixupTransformerConfig: Any = _config_class(
+    "FixupTransformerConfig", TransformerConfig, OWN_TYPES | LIKE_THE_ENCODER
+)
+FixupLanguageModelConfig: Any = _config_class(
+    "FixupLanguageModelConfig", TransformerLanguageModelConfig, OWN_TYPES
+)
+
+
+def complete(cfg: DictConfig | Namespace, dataclass: Any) -> DictConfig:
+    """``cfg`` with the defaults of ``dataclass`` where it is silent.
+
+    fairseq fills them in itself unless an architecture's name stands in a hydra configuration.
+    """
+    if isinstance(cfg, Namespace):
+        return dataclass.from_namespace(cfg)
+    return merge_with_parent(dataclass(), cfg)
+
+
+def nested(cfg: DictConfig | Namespace) -> TransformerConfig:
+    """The nested configuration that fairseq's stacks read, from our flat one.
+
+    ``normalize_before`` is fairseq's name for "a module stands at the start of every branch":
+    with it the slots of the layer norms take Fixup's scalar biases.
+
+    Raises:
+        UserError: A size that no Transformer can have.
+    """
+    values = plain(cfg)
+    for key in LIKE_THE_ENCODER:
+        values[key] = values[key] or values[key.replace("decoder", "encoder")]
+    for side in ("encoder", "decoder"):
+        if f"{side}_layers" in values:
+            _check_sizes(values, side)
+    for width in ("decoder_input_dim", "decoder_output_dim"):
+        values[width] = values.get(width) or values["decoder_embed_dim"]
+    config = TransformerConfig.from_namespace(Namespace(**values))
+    config.encoder.normalize_before = config.decoder.normalize_before = True
+    config.no_decoder_final_norm = False
+    return config
+
+
+def optimizer_name(cfg: DictConfig | Namespace) -> str:
+    """The optimiser's name in fairseq; "adam" when a model is built without an optimiser."""
+    try:
+        return cfg.fixup_optimizer or "adam"
+    except InterpolationKeyError:
+        return "adam"
+
+
+def plain(cfg: DictConfig | Namespace) -> dict[str, Any]:
+    """The options as a dict of Python's own types, without those of the optimiser."""
+    if isinstance(cfg, Namespace):
+        return dict(vars(cfg))
+    values = {key: cfg[key] for key in cfg if key not in ("_name", "fixup_optimizer")}
+    return {
+        key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        for key, value in values.items()
+    }
+
+
+def _check_sizes(values: dict[str, Any], side: str) -> None:
+    layers, heads = values[f"{side}_layers"], values[f"{side}_attention_heads"]
+    width = values[f"{side}_embed_dim"]
+    if layers < 1:
+        raise UserError(f"--{side}-layers must be at least 1, got {layers}")
+    if heads < 1 or width % heads:
+        raise UserError(
+            f"--{side}-attention-heads {heads} does not divide --{side}-embed-dim {width}: "
+            "choose a number of heads that does"
+        )

@@ -1,0 +1,129 @@
+"""What a user can get wrong, told in one line."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+
+
+class UserError(ValueError):
+    """A mistake the user can mend; its text is one line that says what to do.
+
+    Commands print the text alone, without a traceback, and exit with status 1.
+    """
+
+
+KNOWN: tuple[tuple[type[BaseException], str, str], ...] = (
+    (
+        FloatingPointError,
+        "",
+        "training diverged ({error}). No checkpoint was harmed: lower --lr, lengthen "
+        "--warmup-updates or set --clip-norm, and start again",
+    ),
+    (
+        pickle.UnpicklingError,
+        "",
+        "not a checkpoint that can be loaded safely: it is damaged, or holds objects of other "
+        "classes than fairseq's own checkpoints do. Use one that fairseq wrote",
+    ),
+    (
+        RuntimeError,
+        "PytorchStreamReader|central directory",
+        "the checkpoint is truncated or not a checkpoint ({error}). Restore from another "
+        "file of the same folder with --restore-file or --path",
+    ),
+    (EOFError, "", "the checkpoint is empty. Restore from another file of the same folder"),
+    (
+        RuntimeError,
+        "Neither args nor cfg exist",
+        "this file is not a fairseq checkpoint: it holds no configuration",
+    ),
+    (
+        RuntimeError,
+        r"Error\(s\) in loading state_dict",
+        "the checkpoint does not fit the model: it was trained with another --arch, other sizes "
+        "or another dictionary. Use the settings and the data directory it was trained with",
+    ),
+    (
+        Exception,
+        "Cannot load model parameters",
+        "{error} Use the --arch, sizes and data directory it was trained with",
+    ),
+    (
+        Exception,
+        "Could not infer language pair",
+        "no fairseq data in this directory: give the folder that fairseq-preprocess wrote, or "
+        "--source-lang and --target-lang",
+    ),
+    (FileNotFoundError, "Dataset not found", "{error}: run fairseq-preprocess for this split"),
+    (FileNotFoundError, "", "{filename} does not exist: check the path"),
+    (AssertionError, "Source and target must contain", "{error}: prepare the data again"),
+    (
+        IndexError,
+        "index out of range in self",
+        "the data hold a word id beyond the dictionary: prepare the data again with the "
+        "dictionary that lies beside them",
+    ),
+)
+"""Type, pattern in the text, and what the user is told, for errors that fairseq lets through."""
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error a user can cause, ``None`` for any other.
+
+    The errors it was raised from are looked at too: fairseq hides the reason behind its own.
+    """
+    chain = list(_chain(error))
+    for link in chain:
+        if isinstance(link, UserError):
+            return _one_line(str(link))
+    # The first cause says most.
+    for link in reversed(chain):
+        for kind, pattern, advice in KNOWN:
+            if isinstance(link, kind) and re.search(pattern, str(link)):
+                name = getattr(link, "filename", None) or link
+                return _one_line(advice.format(error=_one_line(str(link)), filename=name))
+    return None
+
+
+def check_architecture(argv: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ``UserError`` naming the nearest architectures where ``--arch`` names none."""
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        name = value if flag in ("--arch", "-a") else flag.removeprefix("--arch=")
+        if (flag in ("--arch", "-a") or name != flag) and name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            raise UserError(
+                f"there is no architecture {name!r}; the nearest: {', '.join(near) or 'none'}"
+            )
+
+
+def install_hook() -> None:
+    """Let a command that dies of an explained error print its line, without a traceback."""
+    before = sys.excepthook
+
+    def hook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        line = explain(error)
+        if line is None:
+            before(kind, error, traceback)
+        else:
+            print(f"error: {line}", file=sys.stderr)
+
+    sys.excepthook = hook
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:500]
