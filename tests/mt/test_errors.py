@@ -1,0 +1,79 @@
+"""One clear line for what a user can get wrong."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from fixup_mt.errors import KNOWN, UserError, check_architecture, explain
+from tests.conftest import ENVIRONMENT, ROOT
+
+
+def _raised(inner: BaseException, outer: BaseException) -> BaseException:
+    try:
+        try:
+            raise inner
+        except type(inner):
+            raise outer  # noqa: B904 (fairseq hides the reason this way)
+    except type(outer) as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (FloatingPointError("gradients are Nan/Inf"), "lower --lr"),
+        (pickle.UnpicklingError("Weights only load failed"), "damaged, or holds objects"),
+        (RuntimeError("PytorchStreamReader failed reading zip archive"), "truncated"),
+        (EOFError("Ran out of input"), "empty"),
+        (RuntimeError("Neither args nor cfg exist in state"), "not a fairseq checkpoint"),
+        (RuntimeError("Error(s) in loading state_dict for M:\n size mismatch"), "does not fit"),
+        (Exception("Could not infer language pair, please provide it"), "fairseq-preprocess"),
+        (FileNotFoundError("Dataset not found: train (bin)"), "Dataset not found: train (bin)"),
+        (FileNotFoundError(2, "No such file", "/data/x"), "/data/x does not exist"),
+        (IndexError("index out of range in self"), "beyond the dictionary"),
+        (UserError("do this"), "do this"),
+    ],
+)
+def test_known_mistakes_are_one_line(error: BaseException, says: str) -> None:
+    line = explain(error)
+    assert line is not None and says in line and "\n" not in line
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("boom"), ZeroDivisionError()])
+def test_unknown_errors_keep_their_traceback(error: BaseException) -> None:
+    assert explain(error) is None
+
+
+def test_the_reason_behind_fairseqs_own_error_is_told() -> None:
+    hidden = _raised(UserError("the source dictionary is another"), Exception("Cannot load model"))
+    assert explain(hidden) == "the source dictionary is another"
+
+
+def test_every_advice_can_be_written() -> None:
+    for kind, _, advice in KNOWN:
+        assert advice.format(error="e", filename="f"), kind
+
+
+@pytest.mark.parametrize("argv", [["--arch", "transformer_fixpu"], ["--arch=transformer_fixpu"]])
+def test_a_misspelt_architecture_names_the_nearest(argv: list[str]) -> None:
+    with pytest.raises(UserError, match="nearest: transformer_fixup"):
+        check_architecture(argv, ["transformer_fixup", "lstm"])
+    check_architecture(["--arch", "lstm", "--lr", "1"], ["lstm"])
+
+
+@pytest.mark.parametrize(("raised", "lines"), [("UserError('mend it')", 1), ("KeyError('x')", 4)])
+def test_the_hook_prints_one_line_and_the_status_is_1(raised: str, lines: int) -> None:
+    code = f"from fixup_mt.errors import *\ninstall_hook()\nraise {raised}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    printed = [line for line in done.stderr.splitlines() if not line.startswith("INFO:")]
+    assert len(printed) == lines

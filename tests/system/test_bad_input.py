@@ -1,0 +1,102 @@
+"""Bad input ends in one clear line and a status that is not 0; what was saved is not harmed."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import fairseq, train_flags
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _refused(done, says: str) -> None:
+    assert done.returncode == 1, done.stdout[-2000:]
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: ") and says in lines[-1], done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--arch", "transformer_fixpu"), "nearest: transformer_fixup"),
+        (("--encoder-layers", "0"), "--encoder-layers must be at least 1"),
+        (("--decoder-attention-heads", "3"), "does not divide --decoder-embed-dim 64"),
+        (("--restore-file", "nowhere.pt"), "neither nowhere.pt nor"),
+    ],
+    ids=["architecture", "zero layers", "odd heads", "restore file"],
+)
+def test_wrong_flags(data_bin: Path, tmp_path: Path, flags: tuple, says: str) -> None:
+    _refused(fairseq("train", *train_flags(data_bin, tmp_path, *flags), check=False), says)
+
+
+def test_a_missing_data_directory(tmp_path: Path) -> None:
+    done = fairseq("train", *train_flags(tmp_path / "nowhere", tmp_path), check=False)
+    _refused(done, f"{tmp_path / 'nowhere'} does not exist")
+
+
+def test_an_option_of_normalisation_is_refused(data_bin: Path, tmp_path: Path) -> None:
+    flags = train_flags(data_bin, tmp_path, "--encoder-normalize-before")
+    done = fairseq("train", *flags, check=False)
+    assert done.returncode == 2
+    assert "unrecognized arguments: --encoder-normalize-before" in done.stderr
+
+
+def _generate(data: Path, checkpoint: Path):
+    flags = ("--path", checkpoint, "--user-dir", "fixup_mt", "--cpu")
+    return fairseq("generate", data, *flags, check=False)
+
+
+@pytest.fixture
+def checkpoint(trained: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "checkpoint.pt"
+    copy.write_bytes((trained / "checkpoint_best.pt").read_bytes())
+    return copy
+
+
+def test_a_truncated_checkpoint(data_bin: Path, checkpoint: Path) -> None:
+    checkpoint.write_bytes(checkpoint.read_bytes()[:2000])
+    _refused(_generate(data_bin, checkpoint), "truncated or not a checkpoint")
+
+
+def test_a_foreign_checkpoint(data_bin: Path, checkpoint: Path) -> None:
+    torch.save({"state_dict": {"w": torch.zeros(1)}}, checkpoint)
+    _refused(_generate(data_bin, checkpoint), "not a fairseq checkpoint")
+    torch.save({"cfg": Path("x")}, checkpoint)
+    _refused(_generate(data_bin, checkpoint), "objects of other classes")
+
+
+def test_a_dictionary_of_other_words(data_bin: Path, checkpoint: Path, tmp_path: Path) -> None:
+    other = tmp_path / "bin"
+    other.mkdir()
+    for path in data_bin.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    for language in ("de", "en"):
+        lines = (data_bin / f"dict.{language}.txt").read_text().splitlines()
+        lines[0], lines[1] = lines[1], lines[0]
+        (other / f"dict.{language}.txt").write_text("\n".join(lines) + "\n")
+    _refused(_generate(other, checkpoint), "dictionary is not the one")
+
+
+def test_resuming_with_another_size(data_bin: Path, trained: Path, tmp_path: Path) -> None:
+    last = tmp_path / "checkpoint_last.pt"
+    last.write_bytes((trained / "checkpoint_last.pt").read_bytes())
+    before = _digest(last)
+    flags = train_flags(data_bin, tmp_path, "--encoder-ffn-embed-dim", "64")
+    _refused(fairseq("train", *flags, check=False), "does not fit the model")
+    assert _digest(last) == before
+
+
+def test_divergence_keeps_the_checkpoints(data_bin: Path, trained: Path, tmp_path: Path) -> None:
+    last = tmp_path / "checkpoint_last.pt"
+    last.write_bytes((trained / "checkpoint_last.pt").read_bytes())
+    before = _digest(last)
+    flags = train_flags(data_bin, tmp_path, "--lr", "1e30", "--max-epoch", "9", "--reset-optimizer")
+    _refused(fairseq("train", *flags, check=False), "training diverged")
+    assert _digest(last) == before
