@@ -60,7 +60,7 @@ class ResidualBranch:
 
     @property
     def layers_per_branch(self) -> int:
-        """m of the rules."""
+        """M of the rules."""
         return sum(layer.copies for layer in self.layers)
 
 

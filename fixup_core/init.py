@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -144,7 +145,7 @@ class _Plan:
     def _done(self, key: int) -> bool:
         return key in self.entries or key in self.kept
 
-    def _drawn(self, layer: WeightLayer, role: str, **where: object) -> None:
+    def _drawn(self, layer: WeightLayer, role: str, **where: Any) -> None:
         module, standard = layer.module, layer.standard or standard_of(layer.module)
         if standard is None:
             raise ValueError(
@@ -154,19 +155,19 @@ class _Plan:
         self._weight(module, standard, role, where)
         self._bias(module, role)
 
-    def _weight(self, module: nn.Module, standard: Standard, role: str, where: dict) -> None:
+    def _weight(self, module: Any, standard: Standard, role: str, where: dict[str, Any]) -> None:
         weight = module.weight
         std = standard.std(module) * where.get("factor", 1.0)
         row = Row(self.names[id(weight)], role, std=std, standard=standard.name, **where)
         padding = getattr(module, "padding_idx", None)
         self._add(_Entry(weight, row, uniform=standard.uniform, zero_row=padding))
 
-    def _zero(self, module: nn.Module, role: str, **where: object) -> None:
+    def _zero(self, module: Any, role: str, **where: Any) -> None:
         row = Row(self.names[id(module.weight)], role, std=0.0, **where)
         self._add(_Entry(module.weight, row, constant=0.0))
         self._bias(module, role)
 
-    def _bias(self, module: nn.Module, role: str) -> None:
+    def _bias(self, module: Any, role: str) -> None:
         if getattr(module, "bias", None) is not None:
             self._constant(module.bias, f"{role} bias vector", 0.0, 0.0)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -31,7 +32,7 @@ class Standard:
     uniform: bool
 
 
-def fans(module: nn.Module) -> tuple[int, int]:
+def fans(module: Any) -> tuple[int, int]:
     """Fan-in and fan-out of a linear layer or convolution.
 
     The fan-out of a grouped convolution counts all output channels, as the authors' code does;
@@ -45,24 +46,24 @@ def fans(module: nn.Module) -> tuple[int, int]:
     return inputs * receptive, outputs * receptive
 
 
-def _xavier(module: nn.Module) -> float:
+def _xavier(module: Any) -> float:
     return scaling.xavier_std(*fans(module))
 
 
-def _xavier_packed(module: nn.Module) -> float:
+def _xavier_packed(module: Any) -> float:
     fan_in, fan_out = fans(module)
     return scaling.xavier_std(fan_in, 3 * fan_out)
 
 
-def _he(module: nn.Module) -> float:
+def _he(module: Any) -> float:
     return scaling.he_std(fans(module)[1])
 
 
-def _torch_default(module: nn.Module) -> float:
+def _torch_default(module: Any) -> float:
     return scaling.torch_default_std(fans(module)[0])
 
 
-def _embedding(module: nn.Module) -> float:
+def _embedding(module: Any) -> float:
     return scaling.embedding_std(module.weight.shape[1])
 
 

@@ -168,7 +168,7 @@ def plain(cfg: DictConfig | Namespace) -> dict[str, Any]:
     """The options as a dict of Python's own types, without those of the optimiser."""
     if isinstance(cfg, Namespace):
         return dict(vars(cfg))
-    values = {key: cfg[key] for key in cfg if key not in ("_name", "fixup_optimizer")}
+    values = {str(key): cfg[key] for key in cfg if key not in ("_name", "fixup_optimizer")}
     return {
         key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
         for key, value in values.items()

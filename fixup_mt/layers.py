@@ -11,7 +11,7 @@ bias before a branch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Dict, Optional, Tuple  # noqa: UP035 (TorchScript reads these)
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from fairseq.modules import MultiheadAttention
@@ -83,7 +83,7 @@ class FixupAttention(MultiheadAttention):
         )
 
     def branch(self, name: str, assumed_num_branches: Optional[int] = None) -> ResidualBranch:
-        """m = 4: q, k, v and the output projection."""
+        """M = 4: q, k, v and the output projection."""
         inputs = (self.q_proj, self.k_proj, self.v_proj)
         layers = (*(WeightLayer(p, PACKED_XAVIER_UNIFORM) for p in inputs),)
         return ResidualBranch(name, (*layers, WeightLayer(self.out_proj)), assumed_num_branches)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
@@ -30,23 +30,8 @@ from fixup_mt.stacks import FixupDecoder, FixupEncoder
 logger = logging.getLogger(__name__)
 
 
-class _Fixup:
-    """What both models do after they are built."""
-
-
-    def initialise_(self, cfg: DictConfig, keep: Iterator[nn.Parameter]) -> None:
-        try:
-            rate = anchored_rate(cfg.fixup_scalar_lr_ratio, optimizer_name(cfg))
-        except ValueError as error:
-            raise UserError(f"--fixup-scalar-lr-ratio: {error}") from error
-        anchor_scalars_(self, rate)
-        self.fixup_report = fixup_init_(self, keep=keep)
-        logger.info("Fixup: %s", self.fixup_report.summary())
-        logger.debug("\n%s", self.fixup_report)
-
-
 @register_model("transformer_fixup", dataclass=FixupTransformerConfig)
-class FixupTransformerModel(_Fixup, TransformerModelBase):
+class FixupTransformerModel(TransformerModelBase):
     """The Transformer of Zhang et al. 2019 (section 5.3): no normalisation, Fixup throughout."""
 
     @classmethod
@@ -69,7 +54,7 @@ class FixupTransformerModel(_Fixup, TransformerModelBase):
             )
             if path
         ]
-        model.initialise_(cfg, (p for module in pretrained for p in module.parameters()))
+        _initialise_(model, cfg, keep=(p for module in pretrained for p in module.parameters()))
         return model
 
     @classmethod
@@ -78,13 +63,11 @@ class FixupTransformerModel(_Fixup, TransformerModelBase):
 
     @classmethod
     def build_decoder(cls, cfg: Any, tgt_dict: Any, embed_tokens: nn.Module) -> FixupDecoder:
-        return FixupDecoder(
-            cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention
-        )
+        return FixupDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
 
 @register_model("transformer_fixup_lm", dataclass=FixupLanguageModelConfig)
-class FixupLanguageModel(_Fixup, TransformerLanguageModel):
+class FixupLanguageModel(TransformerLanguageModel):
     """A language model of decoder layers without cross-attention: L is twice the layers."""
 
     @classmethod
@@ -108,5 +91,17 @@ class FixupLanguageModel(_Fixup, TransformerLanguageModel):
         # A character embedder is a network of its own, outside the residual branches.
         embedder = model.decoder.embed_tokens
         own = isinstance(embedder, CharacterTokenEmbedder)
-        model.initialise_(cfg, embedder.parameters() if own else iter(()))
+        _initialise_(model, cfg, keep=embedder.parameters() if own else ())
         return model
+
+
+def _initialise_(model: Any, cfg: DictConfig, *, keep: Iterable[nn.Parameter]) -> None:
+    """Anchor the scalars at the rate the optimiser needs, then write all weights."""
+    try:
+        rate = anchored_rate(cfg.fixup_scalar_lr_ratio, optimizer_name(cfg))
+    except ValueError as error:
+        raise UserError(f"--fixup-scalar-lr-ratio: {error}") from error
+    anchor_scalars_(model, rate)
+    model.fixup_report = fixup_init_(model, keep=keep)
+    logger.info("Fixup: %s", model.fixup_report.summary())
+    logger.debug("\n%s", model.fixup_report)

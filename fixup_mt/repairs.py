@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
+import importlib
 import logging
 import os
 import shutil
 import sys
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -38,35 +40,36 @@ SWITCH = "FIXUP_MT_REPAIRS"
 
 
 def load_checkpoints_safely() -> None:
-    """torch >= 2.6 refuses fairseq's checkpoints; allow exactly the classes that they hold.
+    """Torch >= 2.6 refuses fairseq's checkpoints; allow exactly the classes that they hold.
 
     That is the command line's namespace, numpy's BLEU counts, and, where a distributed run
     broadcasts the state, the configuration. All of them are plain data.
     """
-    core = numpy._core.multiarray
+    core: Any = importlib.import_module("numpy._core.multiarray")
     both_names = [
         (getattr(core, name), f"numpy.{package}.multiarray.{name}")
         for name in ("_reconstruct", "scalar")
         for package in ("_core", "core")
     ]
     dtypes = [type(numpy.dtype(t)) for t in ("int64", "int32", "float64", "float32", "bool")]
-    configuration = [omegaconf.DictConfig, omegaconf.ListConfig, ContainerMetadata, Metadata]
-    builtins = [typing.Any, dict, list, int, collections.defaultdict]
-    torch.serialization.add_safe_globals(
-        [argparse.Namespace, numpy.ndarray, numpy.dtype, *both_names, *dtypes]
-        + [*configuration, AnyNode, *builtins, distributed_utils._TensorPlaceholder]
-    )
+    configuration = [
+        *(omegaconf.DictConfig, omegaconf.ListConfig, ContainerMetadata, Metadata, AnyNode),
+        *(typing.Any, dict, list, int, collections.defaultdict),
+        distributed_utils._TensorPlaceholder,
+    ]
+    arrays: list[Any] = [numpy.ndarray, numpy.dtype, *both_names, *dtypes]
+    torch.serialization.add_safe_globals([argparse.Namespace, *arrays, *configuration])
 
 
 def copy_checkpoints_atomically() -> None:
     """A kill while ``checkpoint_last.pt`` is copied over in place leaves it truncated."""
 
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-        if os.path.exists(dst_path) and not overwrite:
+        if Path(dst_path).exists() and not overwrite:
             return False
-        temporary = f"{dst_path}.tmp"
+        temporary = Path(f"{dst_path}.tmp")
         shutil.copyfile(src_path, temporary)
-        os.replace(temporary, dst_path)
+        temporary.replace(dst_path)
         return True
 
     PathManager.copy = staticmethod(copy)
@@ -94,7 +97,8 @@ def keep_the_nan_detector_alive() -> None:
 
 def keep_the_last_batch() -> None:
     """The last batch is dropped when its size is no multiple of 8: in training, validation and
-    generation, where the dropped sentences are the longest and BLEU is taken over the rest."""
+    generation, where the dropped sentences are the longest and BLEU is taken over the rest.
+    """
     original = data_utils.batch_by_size
 
     @functools.wraps(original)
@@ -112,7 +116,8 @@ def keep_the_last_batch() -> None:
 
 def resume_with_the_same_batches() -> None:
     """Batches are made once a run, from ``seed + the epoch the run starts in``: a run resumed in a
-    later epoch sees others. Make them from ``seed + 1`` always; their order follows the epoch."""
+    later epoch sees others. Make them from ``seed + 1`` always; their order follows the epoch.
+    """
     original = FairseqTask.get_batch_iterator
 
     @functools.wraps(original)
@@ -132,17 +137,18 @@ def resume_with_the_same_batches() -> None:
 
 def find_the_restore_file() -> None:
     """``--restore-file checkpoint_best.pt`` is not looked for in the save directory; the run then
-    starts from scratch and overwrites what lies there."""
+    starts from scratch and overwrites what lies there.
+    """
     original = checkpoint_utils.load_checkpoint
 
     @functools.wraps(original)
     def load_checkpoint(cfg: Any, trainer: Any, **options: Any) -> Any:
         name = cfg.restore_file
-        beside = os.path.join(cfg.save_dir, name)
-        if name != "checkpoint_last.pt" and "://" not in name and not os.path.exists(name):
-            if not os.path.exists(beside):
+        beside = Path(cfg.save_dir, name)
+        if name != "checkpoint_last.pt" and "://" not in name and not Path(name).exists():
+            if not beside.exists():
                 raise UserError(f"--restore-file: neither {name} nor {beside} exists")
-            cfg.restore_file = beside
+            cfg.restore_file = str(beside)
         return original(cfg, trainer, **options)
 
     checkpoint_utils.load_checkpoint = load_checkpoint

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Dict, List, Optional  # noqa: UP035 (TorchScript reads these)
+from typing import Any, Dict, List, Optional
 
 import torch
 from fairseq.distributed import fsdp_wrap
@@ -88,7 +88,7 @@ class FixupDecoder(TransformerDecoderBase):
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
         return _wrap(FixupDecoderLayer(cfg, no_encoder_attn), cfg)
 
-    def build_output_projection(self, cfg: Any, dictionary: Any, embed_tokens: nn.Module) -> None:
+    def build_output_projection(self, cfg: Any, dictionary: Any, embed_tokens: Any) -> None:
         super().build_output_projection(cfg, dictionary, embed_tokens)
         if self.adaptive_softmax is None and self.share_input_output_embed:
             tied = TiedProjection(embed_tokens.weight, str(cfg.fixup_tied_output))

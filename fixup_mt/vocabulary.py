@@ -30,8 +30,9 @@ class VocabularyDigest(nn.Module):
         self.register_buffer("digest", torch.tensor([_digest(dictionary)]))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        saved = state_dict.setdefault(prefix + "digest", self.digest)
-        if not torch.equal(saved.cpu(), self.digest.cpu()):
+        own: Any = self.digest
+        saved = state_dict.setdefault(prefix + "digest", own)
+        if not torch.equal(saved.cpu(), own.cpu()):
             raise UserError(
                 f"the {self.side} dictionary is not the one this checkpoint was trained with: "
                 "give the data directory whose dict.*.txt it was trained on"

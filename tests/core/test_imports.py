@@ -37,7 +37,9 @@ def test_packages_do_not_import_each_other(package: str) -> None:
 
 
 def test_a_forbidden_import_would_be_seen(tmp_path: Path) -> None:
-    (tmp_path / "bad.py").write_text("def f():\n    from fairseq import utils\n    import vision.x\n")
+    (tmp_path / "bad.py").write_text(
+        "def f():\n    from fairseq import utils\n    import vision.x\n"
+    )
     assert _imports(tmp_path / "bad.py") == {"fairseq", "vision"}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 from collections import OrderedDict
@@ -192,7 +191,7 @@ def test_a_checkpoint_with_any_other_class_is_refused(tmp_path: Path, intruder: 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "exploded"),)
+            return Path.mkdir, (tmp_path / "exploded",)
 
     torch.save({"model": Bomb()}, tmp_path / "bomb.pt")
     with pytest.raises(Exception, match="Weights only load failed"):
@@ -204,8 +203,16 @@ def test_fairseqs_own_checkpoints_load_and_without_the_repair_do_not(
     data_bin: Path, tmp_path: Path
 ) -> None:
     """A stock model's checkpoint holds a Namespace, one with BLEU in its meters numpy arrays."""
-    sizes = [f"--{side}-{what}={size}" for side in ("encoder", "decoder") for what, size in
-             (("layers", 1), ("embed-dim", 16), ("ffn-embed-dim", 16), ("attention-heads", 2))]
+    sizes = [
+        f"--{side}-{what}={size}"
+        for side in ("encoder", "decoder")
+        for what, size in (
+            ("layers", 1),
+            ("embed-dim", 16),
+            ("ffn-embed-dim", 16),
+            ("attention-heads", 2),
+        )
+    ]
     bleu = ("--eval-bleu", "--eval-bleu-detok", "space", "--eval-bleu-args", '{"beam": 1}')
     arch = ("--arch", "transformer", "--max-epoch", "1", *bleu, *sizes)
     fairseq("train", *train_flags(data_bin, tmp_path, *arch))

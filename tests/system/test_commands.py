@@ -54,7 +54,9 @@ def test_validate(data_bin: Path, trained: Path) -> None:
     paths = ("--path", trained / "checkpoint_best.pt", "--task", "translation", "--max-tokens")
     done = fairseq("validate", data_bin, *paths, "400", "--user-dir", "fixup_mt", "--cpu")
     saved = load_checkpoint_to_cpu(str(trained / "checkpoint_best.pt"))["extra_state"]["val_loss"]
-    logged = float(re.findall(r"valid on 'valid' subset \| loss ([\d.]+)", done.stderr + done.stdout)[0])
+    printed = re.search(r"valid on 'valid' subset \| loss ([\d.]+)", done.stderr + done.stdout)
+    assert printed is not None
+    logged = float(printed[1])
     assert logged == pytest.approx(saved, abs=2e-3)
 
 
@@ -74,7 +76,9 @@ def test_average_then_ensemble_then_score(data_bin: Path, trained: Path, tmp_pat
     both = f"{averaged}:{inputs[0]}"
     done = fairseq("generate", data_bin, "--path", both, *GENERATE)
     (tmp_path / "generate.txt").write_text(done.stdout)
-    lines = {kind: re.findall(rf"^{kind}-\d+\t(?:[^\t]*\t)?(.*)$", done.stdout, re.M) for kind in "TH"}
+    lines = {
+        kind: re.findall(rf"^{kind}-\d+\t(?:[^\t]*\t)?(.*)$", done.stdout, re.M) for kind in "TH"
+    }
     assert len(lines["T"]) == len(lines["H"]) == 41
     for kind, texts in lines.items():
         (tmp_path / kind).write_text("\n".join(texts) + "\n")
@@ -131,7 +135,10 @@ def test_two_ranks_equal_one_rank_with_the_same_batch(data_bin: Path, tmp_path: 
     for epochs in ("1", "2"):  # the second start resumes: rank 0 broadcasts the checkpoint
         flags = train_flags(data_bin, two, *common, *gloo, "--max-epoch", epochs)
         done = subprocess.run(
-            list(map(str, [*ranks, *flags])), capture_output=True, text=True, env=ENVIRONMENT,
+            list(map(str, [*ranks, *flags])),
+            capture_output=True,
+            text=True,
+            env=ENVIRONMENT,
             cwd=ROOT,
         )
         assert done.returncode == 0, done.stderr[-3000:]
@@ -183,8 +190,9 @@ def test_language_model_trains_and_is_scored(corpus: Path, tmp_path: Path) -> No
     fairseq("train", *train_flags(data, tmp_path / "run", *task, *arch))
     path = ("--path", tmp_path / "run" / "checkpoint_best.pt")
     done = fairseq("eval_lm", data, *path, *task[2:], "--user-dir", "fixup_mt", "--cpu")
-    tokens, perplexity = re.findall(r"Evaluated (\d+) tokens.*Perplexity: ([\d.]+)",
-                                    done.stdout + done.stderr)[0]
+    tokens, perplexity = re.findall(
+        r"Evaluated (\d+) tokens.*Perplexity: ([\d.]+)", done.stdout + done.stderr
+    )[0]
     expected = sum(len(line.split()) + 1 for line in (corpus / "test.en").open())
     assert int(tokens) == expected and 1 < float(perplexity) < 30
 
@@ -231,8 +239,11 @@ def test_user_dir(where: str, data_bin: Path, tmp_path: Path, request) -> None:
         # -P: not the current folder, which may hold another copy.
         printed = subprocess.run(
             [sys.executable, "-P", *line[1:]],
-            capture_output=True, text=True, check=True,
-            env=ENVIRONMENT | {"PYTHONPATH": str(site)}, cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+            env=ENVIRONMENT | {"PYTHONPATH": str(site)},
+            cwd=tmp_path,
         )
         user_dir = printed.stdout.strip()
         assert user_dir == str(site / "fixup_mt")
@@ -251,7 +262,10 @@ def test_user_dir(where: str, data_bin: Path, tmp_path: Path, request) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-S", "-c", code, *map(str, flags)],
-        capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=cwd,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     expected = site if where == "installed" else bare
