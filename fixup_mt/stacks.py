@@ -29,14 +29,14 @@ class TiedProjection(nn.Linear):
     Args:
         weight: The embeddings, [V, D].
         how: "leave": the logits are those of any tied Transformer. "scale": they are multiplied by
-            ``D ** -0.5``. "gain": by that and by a scalar that starts at 0, so that they start at
-            0 as rule 1 asks.
+            ``D ** -0.5``. "gain": by a scalar that starts at 0, so that they start at 0 as rule 1
+            asks.
     """
 
     def __init__(self, weight: nn.Parameter, how: str) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=False)
         self.weight = weight
-        self.scale = 1.0 if how == "leave" else weight.shape[1] ** -0.5
+        self.scale = weight.shape[1] ** -0.5 if how == "scale" else 1.0
         self.gain = ScalarMultiplier(0.0) if how == "gain" else nn.Identity()
 
     def forward(self, input: Tensor) -> Tensor:

@@ -27,11 +27,12 @@ class VocabularyDigest(nn.Module):
     def __init__(self, dictionary: Dictionary, side: str) -> None:
         super().__init__()
         self.side = side
-        self.register_buffer("digest", torch.tensor([_digest(dictionary)]))
+        # fairseq's moving averages leave what is called a version alone.
+        self.register_buffer("version", torch.tensor([_digest(dictionary)]))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        own: Any = self.digest
-        saved = state_dict.setdefault(prefix + "digest", own)
+        own: Any = self.version
+        saved = state_dict.setdefault(prefix + "version", own)
         if not torch.equal(saved.cpu(), own.cpu()):
             raise UserError(
                 f"the {self.side} dictionary is not the one this checkpoint was trained with: "

@@ -16,7 +16,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import fixup_mt  # noqa: E402, F401 (registers the Fixup models)
+import fixup_mt  # noqa: F401 (registers the Fixup models)
 
 
 @register_task("translation_bf16", dataclass=TranslationConfig)

@@ -20,18 +20,57 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PLUGIN = Path(__file__).resolve().parent
-COMMON = """
-    --task translation_bf16 -s de -t en --cpu
-    --encoder-layers 3 --decoder-layers 3
-    --encoder-embed-dim 256 --decoder-embed-dim 256
-    --encoder-ffn-embed-dim 1024 --decoder-ffn-embed-dim 1024
-    --encoder-attention-heads 4 --decoder-attention-heads 4
-    --optimizer adam --adam-betas (0.9,0.98) --weight-decay 0.0001
-    --lr-scheduler inverse_sqrt --warmup-init-lr 1e-07
-    --criterion label_smoothed_cross_entropy --label-smoothing 0.1
-    --max-tokens 2048 --required-batch-size-multiple 1 --num-workers 0
-    --log-format json --log-interval 20 --keep-last-epochs 8
-""".split()
+COMMON = [
+    "--task",
+    "translation_bf16",
+    "-s",
+    "de",
+    "-t",
+    "en",
+    "--cpu",
+    "--encoder-layers",
+    "3",
+    "--decoder-layers",
+    "3",
+    "--encoder-embed-dim",
+    "256",
+    "--decoder-embed-dim",
+    "256",
+    "--encoder-ffn-embed-dim",
+    "1024",
+    "--decoder-ffn-embed-dim",
+    "1024",
+    "--encoder-attention-heads",
+    "4",
+    "--decoder-attention-heads",
+    "4",
+    "--optimizer",
+    "adam",
+    "--adam-betas",
+    "(0.9,0.98)",
+    "--weight-decay",
+    "0.0001",
+    "--lr-scheduler",
+    "inverse_sqrt",
+    "--warmup-init-lr",
+    "1e-07",
+    "--criterion",
+    "label_smoothed_cross_entropy",
+    "--label-smoothing",
+    "0.1",
+    "--max-tokens",
+    "2048",
+    "--required-batch-size-multiple",
+    "1",
+    "--num-workers",
+    "0",
+    "--log-format",
+    "json",
+    "--log-interval",
+    "20",
+    "--keep-last-epochs",
+    "8",
+]
 VALID = re.compile(r"\| valid \| (\{.*\})")
 
 

@@ -1,0 +1,149 @@
+"""Seconds of one training step: Fixup against fairseq's own LayerNorm Transformer, side by side.
+
+``python benchmarks/mt_step.py [--layers 3 --width 256 ...]`` runs the contestants' steps in turn,
+so that a machine whose speed drifts slows all of them, and prints the median and the minimum of
+each and the median of the ratios, round by round, to the first. ``--json FILE`` keeps them.
+
+Contestants: fairseq's ``transformer`` (pre-norm) in float32 and under bfloat16 autocast,
+``transformer_fixup`` in float32 and with ``--fixup-autocast bf16``. A step is forward, label-
+smoothed loss and backward on one batch of random words; the optimiser is the same for all and left
+out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from fairseq import models
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.data import Dictionary
+from omegaconf import OmegaConf
+
+import fixup_mt  # noqa: F401 (registers the models)
+
+CONTESTANTS: dict[str, tuple[dict[str, Any], bool]] = {
+    "LayerNorm float32": ({"_name": "transformer", "encoder_normalize_before": True}, False),
+    "LayerNorm bf16": ({"_name": "transformer", "encoder_normalize_before": True}, True),
+    "Fixup float32": ({"_name": "transformer_fixup"}, False),
+    "Fixup bf16": ({"_name": "transformer_fixup", "fixup_autocast": "bf16"}, False),
+}
+
+
+def main() -> None:
+    args = _parse()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(args.threads)
+    steps = {name: _step(args, *settings) for name, settings in CONTESTANTS.items()}
+    for step in steps.values():
+        step()
+    rounds = []
+    for number in range(args.rounds):
+        rounds.append({name: _seconds(step) for name, step in steps.items()})
+        print(f"round {number + 1}/{args.rounds}", end="\r", file=sys.stderr, flush=True)
+    result = {"settings": vars(args) | {"json": str(args.json)}, "machine": _machine()}
+    result["seconds"] = summary = _summary(rounds)
+    for name, row in summary.items():
+        print("{:18} median {:.3f} s  minimum {:.3f} s  ratio {:.2f}".format(name, *row.values()))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for option, value in (
+        *(("layers", 3), ("width", 256), ("ffn", 1024), ("heads", 4), ("words", 5000)),
+        *(("sentences", 100), ("length", 20), ("rounds", 12), ("threads", 2)),
+    ):
+        parser.add_argument(f"--{option}", type=int, default=value, help=f"default: {value}")
+    parser.add_argument("--json", type=Path, help="write the result there")
+    return parser.parse_args()
+
+
+def _step(
+    args: argparse.Namespace, model_options: dict[str, Any], autocast: bool
+) -> Callable[[], None]:
+    words = Dictionary()
+    for i in range(args.words):
+        words.add_symbol(f"w{i}")
+    task = SimpleNamespace(source_dictionary=words, target_dictionary=words)
+    model = models.build_model(OmegaConf.create(_sizes(args) | model_options), task).train()
+    loss = LabelSmoothedCrossEntropyCriterion(task, sentence_avg=False, label_smoothing=0.1)
+    sample = _batch(args, len(words))
+
+    def step() -> None:
+        precision = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+        with precision:
+            value, _, _ = loss(model, sample)
+        value.backward()
+        model.zero_grad()
+
+    return step
+
+
+def _sizes(args: argparse.Namespace) -> dict[str, Any]:
+    return {"dropout": 0.3, "decoder_normalize_before": True} | {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in (
+            *(("layers", args.layers), ("embed_dim", args.width)),
+            *(("ffn_embed_dim", args.ffn), ("attention_heads", args.heads)),
+        )
+    }
+
+
+def _batch(args: argparse.Namespace, num_words: int) -> dict[str, Any]:
+    shape = (args.sentences, args.length)
+    source, target, shifted = (torch.randint(4, num_words, shape) for _ in range(3))
+    lengths = torch.full((args.sentences,), args.length)
+    return {
+        "net_input": {
+            "src_tokens": source,
+            "src_lengths": lengths,
+            "prev_output_tokens": shifted,
+        },
+        "target": target,
+        "ntokens": target.numel(),
+    }
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _summary(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    first = next(iter(CONTESTANTS))
+    return {
+        name: {
+            "median": statistics.median(r[name] for r in rounds),
+            "minimum": min(r[name] for r in rounds),
+            "median_ratio": statistics.median(r[name] / r[first] for r in rounds),
+        }
+        for name in CONTESTANTS
+    }
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+if __name__ == "__main__":
+    main()
