@@ -12,7 +12,6 @@ from argparse import Namespace
 from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from fairseq.dataclass.utils import merge_with_parent
 from fairseq.models.transformer import TransformerConfig
 from fairseq.models.transformer.transformer_config import (
     DecoderConfig,
@@ -123,14 +122,14 @@ FixupLanguageModelConfig: Any = _config_class(
 )
 
 
-def complete(cfg: DictConfig | Namespace, dataclass: Any) -> DictConfig:
-    """``cfg`` with the defaults of ``dataclass`` where it is silent.
-
-    fairseq fills them in itself unless an architecture's name stands in a hydra configuration.
-    """
-    if isinstance(cfg, Namespace):
-        return dataclass.from_namespace(cfg)
-    return merge_with_parent(dataclass(), cfg)
+def with_defaults(config: Any, name: str, values: dict[str, Any]) -> Any:
+    """A copy of the dataclass ``config`` in which some options have other defaults."""
+    known = {field.name: field for field in dataclasses.fields(config)}
+    spec = [
+        (key, known[key].type, dataclasses.field(default=value, metadata=known[key].metadata))
+        for key, value in values.items()
+    ]
+    return dataclasses.make_dataclass(name, spec, bases=(config,))
 
 
 def nested(cfg: DictConfig | Namespace) -> TransformerConfig:

@@ -19,7 +19,6 @@ from fixup_core import anchor_scalars_, anchored_rate, fixup_init_
 from fixup_mt.config import (
     FixupLanguageModelConfig,
     FixupTransformerConfig,
-    complete,
     nested,
     optimizer_name,
     plain,
@@ -40,7 +39,6 @@ class FixupTransformerModel(TransformerModelBase):
 
     @classmethod
     def build_model(cls, cfg: DictConfig, task: Any) -> FixupTransformerModel:
-        cfg = complete(cfg, FixupTransformerConfig)
         config = nested(cfg)
         try:
             model = super().build_model(config, task)
@@ -71,8 +69,11 @@ class FixupLanguageModel(TransformerLanguageModel):
     """A language model of decoder layers without cross-attention: L is twice the layers."""
 
     @classmethod
+    def add_args(cls, parser: argparse.ArgumentParser) -> None:
+        gen_parser_from_dataclass(parser, FixupLanguageModelConfig(), delete_default=True)
+
+    @classmethod
     def build_model(cls, cfg: DictConfig, task: Any) -> FixupLanguageModel:
-        cfg = complete(cfg, FixupLanguageModelConfig)
         config = nested(cfg)
         # fairseq builds the embeddings and checks the options; its empty decoder is thrown away.
         empty = plain(cfg) | {

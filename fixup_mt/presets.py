@@ -5,10 +5,12 @@ Options given on the command line or in a configuration go before a preset's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from fairseq.models import register_model_architecture
+from fairseq.models import register_model
+
+from fixup_mt.config import FixupLanguageModelConfig, FixupTransformerConfig, with_defaults
+from fixup_mt.model import FixupLanguageModel, FixupTransformerModel
 
 Preset = dict[str, Any]
 
@@ -69,20 +71,15 @@ LANGUAGE_MODELS: dict[str, Preset] = {
 }
 
 
-def _architecture(preset: Preset) -> Callable[[Any], None]:
-    def apply(args: Any) -> None:
-        for option, value in preset.items():
-            if not hasattr(args, option):
-                setattr(args, option, value)
-
-    return apply
-
-
 def register() -> None:
-    """Make the presets known to ``--arch``."""
-    for model, presets in (
-        ("transformer_fixup", TRANSLATION),
-        ("transformer_fixup_lm", LANGUAGE_MODELS),
+    """Make each preset a model of its own: the same class with other defaults.
+
+    So ``--arch`` and hydra's ``_name`` both find it.
+    """
+    for model, config, presets in (
+        (FixupTransformerModel, FixupTransformerConfig, TRANSLATION),
+        (FixupLanguageModel, FixupLanguageModelConfig, LANGUAGE_MODELS),
     ):
         for name, preset in presets.items():
-            register_model_architecture(model, name)(_architecture(preset))
+            dataclass = with_defaults(config, f"{name}_config", preset)
+            register_model(name, dataclass=dataclass)(type(model.__name__, (model,), {}))

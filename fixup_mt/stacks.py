@@ -52,6 +52,12 @@ class FixupEncoder(TransformerEncoderBase):
         self.vocabulary = VocabularyDigest(dictionary, "source")
         self.autocast = DTYPES[str(cfg.fixup_autocast)]
 
+    def upgrade_state_dict_named(self, state_dict: dict, name: str) -> dict:
+        """Nothing to do: there are no old checkpoints. fairseq's takes a state dict without a
+        version, as its moving averages load one, for an old one and drops the closing scalars.
+        """
+        return state_dict
+
     def build_encoder_layer(self, cfg: Any) -> nn.Module:
         return _wrap(FixupEncoderLayer(cfg, return_fc=self.return_fc), cfg)
 
@@ -84,6 +90,8 @@ class FixupDecoder(TransformerDecoderBase):
         self.layer_norm = ScalarBias()
         self.vocabulary = VocabularyDigest(dictionary, "target")
         self.autocast = DTYPES[str(cfg.fixup_autocast)]
+
+    upgrade_state_dict_named = FixupEncoder.upgrade_state_dict_named
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
         return _wrap(FixupDecoderLayer(cfg, no_encoder_attn), cfg)

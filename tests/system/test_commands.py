@@ -97,8 +97,8 @@ def test_moving_averages_hold_every_parameter(trained: Path) -> None:
     state = load_checkpoint_to_cpu(str(trained / "checkpoint_last.pt"))
     ema = state["extra_state"]["ema"]
     assert ema.keys() == state["model"].keys()
-    scalar = "encoder.layers.0.self_attn_layer_norm.weight"
-    assert ema[scalar] != state["model"][scalar]
+    for scalar in ("encoder.layers.0.self_attn_layer_norm.weight", "decoder.layer_norm.weight"):
+        assert ema[scalar] != state["model"][scalar]
 
 
 RESUMED = ("--max-epoch", "3", "--save-interval-updates", "2", "--update-freq", "2")
@@ -110,16 +110,16 @@ def test_kill_and_resume_equals_an_uninterrupted_run(data_bin: Path, tmp_path: P
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     fairseq("train", *train_flags(data_bin, whole, *more))
     line = [sys.executable, "-m", "fairseq_cli.train", *train_flags(data_bin, killed, *more)]
-    run = subprocess.Popen(
+    with subprocess.Popen(
         list(map(str, line)), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT
-    )
-    assert run.stdout is not None
-    for text in run.stdout:
-        # In the second of three epochs, past a checkpoint in its midst.
-        if re.search(r'"epoch": 2, .*"num_updates": "9"', text):
-            run.send_signal(signal.SIGKILL)
-            break
-    assert run.wait() == -signal.SIGKILL
+    ) as run:
+        assert run.stdout is not None
+        for text in run.stdout:
+            # In the second of three epochs, past a checkpoint in its midst.
+            if re.search(r'"epoch": 2, .*"num_updates": "9"', text):
+                run.send_signal(signal.SIGKILL)
+                break
+    assert run.returncode == -signal.SIGKILL
     done = fairseq("train", *train_flags(data_bin, killed, *more))
     assert "epoch 2 @" in done.stdout + done.stderr
     _assert_equal(whole / "checkpoint_last.pt", killed / "checkpoint_last.pt")
@@ -190,11 +190,13 @@ def test_language_model_trains_and_is_scored(corpus: Path, tmp_path: Path) -> No
     fairseq("train", *train_flags(data, tmp_path / "run", *task, *arch))
     path = ("--path", tmp_path / "run" / "checkpoint_best.pt")
     done = fairseq("eval_lm", data, *path, *task[2:], "--user-dir", "fixup_mt", "--cpu")
-    tokens, perplexity = re.findall(
-        r"Evaluated (\d+) tokens.*Perplexity: ([\d.]+)", done.stdout + done.stderr
-    )[0]
-    expected = sum(len(line.split()) + 1 for line in (corpus / "test.en").open())
-    assert int(tokens) == expected and 1 < float(perplexity) < 30
+    printed = done.stdout + done.stderr
+    tokens = re.search(r"Evaluated ([\d,]+) tokens", printed)
+    perplexity = re.search(r"Perplexity: ([\d.]+)", printed)
+    assert tokens is not None and perplexity is not None
+    expected = sum(len(line.split()) + 1 for line in (corpus / "test.en").read_text().splitlines())
+    assert int(tokens[1].replace(",", "")) == expected
+    assert 1 < float(perplexity[1]) < 30
 
 
 def test_adaptive_softmax_trains(data_bin: Path, tmp_path: Path) -> None:

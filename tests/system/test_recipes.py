@@ -1,0 +1,163 @@
+"""The translation recipes as a user starts them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "mt"
+TRAINING = ["multi30k.sh", "iwslt14_de_en.sh", "wmt16_en_de.sh"]
+RUNNABLE = [*TRAINING, "evaluate.sh"]
+SCRIPTS = [*RUNNABLE, "lib.sh"]
+TINY = (
+    *("--encoder-layers", "1", "--decoder-layers", "1", "--max-tokens", "400"),
+    *("--encoder-embed-dim", "16", "--decoder-embed-dim", "16"),
+    *("--encoder-ffn-embed-dim", "16", "--decoder-ffn-embed-dim", "16"),
+)
+
+
+def run(name: str, *words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(RECIPES / name), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def error_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode != 0, result.stdout
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_bash_accepts(name: str) -> None:
+    result = subprocess.run(["bash", "-n", str(RECIPES / name)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_shellcheck_accepts(name: str) -> None:
+    command = ["shellcheck", "-x", name]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=RECIPES)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_scripts_can_be_started_and_stop_at_errors(name: str) -> None:
+    path = RECIPES / name
+    assert os.access(path, os.X_OK)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert "\nset -euo pipefail\n" in text
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_help(name: str) -> None:
+    result = run(name, "--help")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert "Launch:" in result.stdout and "--output DIR" in result.stdout
+    if name in TRAINING:
+        for promised in ("Reproduces:", "Target", "Hardware:", "Time", "srun", "torchrun"):
+            assert promised in result.stdout
+
+
+@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--colour", "red"], "unknown option --colour"),
+        (["--lr", "0.1"], "go after --"),
+        (["--seed"], "--seed needs a value"),
+        (["--seed", "zero"], "--seed is zero"),
+        (["--max-update", "0"], "--max-update is 0"),
+        (["--method", "batchnorm"], "choose fixup, postnorm or prenorm"),
+        (["--data", "/no/such/folder"], "/no/such/folder does not exist"),
+        (["--reference", "/no/such/file"], "/no/such/file does not exist"),
+        (["--checksums", "/no/such/file"], "/no/such/file does not exist"),
+    ],
+)
+def test_bad_options_end_in_one_line(name: str, words: list[str], message: str) -> None:
+    assert message in error_line(run(name, *words))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "add --checkpoint"),
+        (["--checkpoint", "a.pt"], "add --data-bin"),
+        (["--checkpoint", "a.pt", "--data-bin", "."], "add --output"),
+        (["--checkpoint", "a.pt", "--data-bin", "/no", "--output", "x"], "/no is not a folder"),
+        (["--checkpoint", "a.pt:b.pt", "--data-bin", ".", "--output", "x"], "a.pt does not exist"),
+        (["--beem", "5"], "unknown option --beem"),
+        (["fast"], "unknown option fast"),
+    ],
+)
+def test_bad_evaluate_options_end_in_one_line(words: list[str], message: str) -> None:
+    assert message in error_line(run("evaluate.sh", *words))
+
+
+@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("method", ["fixup", "postnorm", "prenorm"])
+def test_dry_run_prints_the_training_command(name: str, method: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    words = ("--method", method, "--seed", 3, "--dry-run", "--output", output)
+    result = run(name, *words, "--", "--lr", "0.7")
+    assert result.returncode == 0, result.stderr
+    command = result.stdout
+    assert ("--arch transformer_fixup" in command) == (method == "fixup")
+    assert ("--encoder-normalize-before" in command) == (method == "prenorm")
+    for flag in ("--required-batch-size-multiple 1", "--seed 3", "/fixup_mt"):
+        assert flag in command
+    # The user's flag comes after the recipe's, so that it wins.
+    assert command.rindex("--lr 0.7") > command.index("--lr 0.0")
+    assert not output.exists()
+
+
+def test_missing_modules_are_named(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 1\necho torch fairseq\n')
+    python.chmod(0o755)
+    result = run("multi30k.sh", "--output", tmp_path / "out", PYTHON=str(python))
+    assert "lacks: torch fairseq" in error_line(result)
+    assert "does not run" in error_line(run("multi30k.sh", PYTHON="/no/such/python"))
+
+
+def write_slice(folder: Path) -> None:
+    folder.mkdir()
+    for split, count in (("train", 120), ("val", 21), ("test_2016_flickr", 21)):
+        for language, text in (("de", "Ein Hund Nummer {} läuft ."), ("en", "Dog {} runs .")):
+            lines = "".join(text.format(number) + "\n" for number in range(count))
+            (folder / f"{split}.{language}").write_text(lines, encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fixup", "prenorm"])
+def test_multi30k_from_text_to_score(method: str, tmp_path: Path) -> None:
+    for needed in ("sentencepiece", "sacrebleu", "fairseq"):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed")
+    data, output, sums = tmp_path / "data", tmp_path / "out", tmp_path / "sums"
+    write_slice(data)
+    sums.touch()
+    words = ("--data", data, "--output", output, "--checksums", sums, "--method", method)
+    words = (*words, "--max-update", 40, "--average", 2, "--", *TINY, "--max-epoch", 3)
+    result = run("multi30k.sh", *words, PIECES="45")
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = output / f"{method}-seed1"
+    content = json.loads((folder / "score.json").read_text())
+    assert content["sentences"] == 21
+    assert content["settings"]["setting"]["beam"] == "5"
+    assert len(content["checkpoints"][0]["averaged_from"]) == 2
+    assert content["checkpoints"][0]["training"]["model"]["encoder_layers"] == 1
+    assert list((folder / "tensorboard").rglob("events.*"))
+    again = run("multi30k.sh", *words, PIECES="45")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before") == 6
