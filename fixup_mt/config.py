@@ -69,7 +69,7 @@ FIXUP_FIELDS: dict[str, tuple[Any, Any]] = {
     ),
     "fixup_tied_output": _fixup_field(
         TIED_OUTPUT,
-        "gain",
+        "leave",
         "what stands for a zero output layer when it shares the embeddings: leave (nothing), "
         "scale (logits times d^-1/2), gain (logits times a scalar that starts at 0)",
     ),
@@ -83,8 +83,8 @@ FIXUP_FIELDS: dict[str, tuple[Any, Any]] = {
         "none",
         "run the model under torch.autocast in this type; scalars, logits and loss stay float32",
     ),
-    # No help text: fairseq then adds no option and takes the value from the optimiser's name.
-    "fixup_optimizer": _fixup_field(str, II("optimizer._name"), None),
+    # Without a help text fairseq adds no option; the name makes it copy the value of --optimizer.
+    "optimizer": _fixup_field(str, II("optimizer._name"), None),
 }
 
 
@@ -158,7 +158,7 @@ def nested(cfg: DictConfig | Namespace) -> TransformerConfig:
 def optimizer_name(cfg: DictConfig | Namespace) -> str:
     """The optimiser's name in fairseq; "adam" when a model is built without an optimiser."""
     try:
-        return cfg.fixup_optimizer or "adam"
+        return cfg.optimizer or "adam"
     except InterpolationKeyError:
         return "adam"
 
@@ -167,7 +167,7 @@ def plain(cfg: DictConfig | Namespace) -> dict[str, Any]:
     """The options as a dict of Python's own types, without those of the optimiser."""
     if isinstance(cfg, Namespace):
         return dict(vars(cfg))
-    values = {str(key): cfg[key] for key in cfg if key not in ("_name", "fixup_optimizer")}
+    values = {str(key): cfg[key] for key in cfg if key not in ("_name", "optimizer")}
     return {
         key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
         for key, value in values.items()

@@ -17,7 +17,8 @@ class UserError(ValueError):
     """
 
 
-KNOWN: tuple[tuple[type[BaseException], str, str], ...] = (
+Kinds = type[BaseException] | tuple[type[BaseException], ...]
+KNOWN: tuple[tuple[Kinds, str, str], ...] = (
     (
         FloatingPointError,
         "",
@@ -38,9 +39,10 @@ KNOWN: tuple[tuple[type[BaseException], str, str], ...] = (
     ),
     (EOFError, "", "the checkpoint is empty. Restore from another file of the same folder"),
     (
-        RuntimeError,
-        "Neither args nor cfg exist",
-        "this file is not a fairseq checkpoint: it holds no configuration",
+        (RuntimeError, KeyError),
+        "Neither args nor cfg exist|^'(best_loss|extra_state|optimizer_history)'$",
+        "this file is not a fairseq checkpoint: it lacks what fairseq-train writes. Use one that it "
+        "wrote",
     ),
     (
         RuntimeError,

@@ -105,4 +105,3 @@ def _initialise_(model: Any, cfg: DictConfig, *, keep: Iterable[nn.Parameter]) -
     anchor_scalars_(model, rate)
     model.fixup_report = fixup_init_(model, keep=keep)
     logger.info("Fixup: %s", model.fixup_report.summary())
-    logger.debug("\n%s", model.fixup_report)

@@ -204,6 +204,6 @@ def apply() -> None:
     for repair in REPAIRS:
         repair()
     names = ", ".join(repair.__name__ for repair in REPAIRS)
-    # Under `python -m fixup_mt`, whose output scripts read, nobody asked for fairseq.
-    level = logging.DEBUG if sys.argv[0] == "-m" else logging.INFO
-    logger.log(level, "repairs of fairseq are on (%s=0 turns them off): %s", SWITCH, names)
+    # `python -m fixup_mt` is no fairseq command, and scripts read what it prints.
+    if sys.argv[0] != "-m":
+        logger.info("repairs of fairseq are on (%s=0 turns them off): %s", SWITCH, names)

@@ -30,6 +30,7 @@ def _raised(inner: BaseException, outer: BaseException) -> BaseException:
         (RuntimeError("PytorchStreamReader failed reading zip archive"), "truncated"),
         (EOFError("Ran out of input"), "empty"),
         (RuntimeError("Neither args nor cfg exist in state"), "not a fairseq checkpoint"),
+        (KeyError("best_loss"), "not a fairseq checkpoint"),
         (RuntimeError("Error(s) in loading state_dict for M:\n size mismatch"), "does not fit"),
         (Exception("Could not infer language pair, please provide it"), "fairseq-preprocess"),
         (FileNotFoundError("Dataset not found: train (bin)"), "Dataset not found: train (bin)"),

@@ -315,7 +315,7 @@ def test_autocast_with_checkpointed_activations_trains() -> None:
 
 @pytest.mark.parametrize(("optimizer", "ratio"), [("adam", 0.1), ("sgd", 0.25), ("nag", 1.0)])
 def test_the_scalars_rate_follows_the_optimiser(optimizer: str, ratio: float) -> None:
-    model = build(fixup_optimizer=optimizer, fixup_scalar_lr_ratio=ratio)
+    model = build(optimizer=optimizer, fixup_scalar_lr_ratio=ratio)
     rates = {round(scalar.rate.item(), 6) for scalar in scalars(model)}
     assert rates == {round(anchored_rate(ratio, optimizer), 6)}
 

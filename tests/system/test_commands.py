@@ -256,14 +256,15 @@ def test_user_dir(where: str, data_bin: Path, tmp_path: Path, request) -> None:
         user_dir = "fixup_mt" if where == "relative" else str(bare / "fixup_mt")
     cwd = bare if where == "relative" else tmp_path
     flags = train_flags(data_bin, tmp_path / "run", "--max-update", "2", "--user-dir", user_dir)
-    # -S with the site folders but no .pth: an editable install of this project is out of sight.
+    # An editable install of this project must be out of sight.
     code = (
-        "import sys, sysconfig; sys.path.append(sysconfig.get_paths()['purelib']);"
+        f"import sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r}];"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)];"
         "from fairseq_cli.train import cli_main; cli_main();"
         "import fixup_mt; print('PLUGIN', fixup_mt.__file__)"
     )
     done = subprocess.run(
-        [sys.executable, "-S", "-c", code, *map(str, flags)],
+        [sys.executable, "-c", code, *map(str, flags)],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
