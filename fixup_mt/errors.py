@@ -41,8 +41,8 @@ KNOWN: tuple[tuple[Kinds, str, str], ...] = (
     (
         (RuntimeError, KeyError),
         "Neither args nor cfg exist|^'(best_loss|extra_state|optimizer_history)'$",
-        "this file is not a fairseq checkpoint: it lacks what fairseq-train writes. Use one that it "
-        "wrote",
+        "this file is not a fairseq checkpoint: it lacks what fairseq-train writes. Use one "
+        "that it wrote",
     ),
     (
         RuntimeError,

@@ -3,8 +3,9 @@
 ``python benchmarks/multi30k/grid.py DATA_BIN RUNS_DIR SETTINGS.txt --jobs 2``
 
 Each line of SETTINGS is a run: its name, a colon, and the flags that differ from the common ones.
-A run that has finished is skipped, one that was killed goes on from its last checkpoint. The best
-validation loss of every run is appended to RUNS_DIR/results.tsv as it comes, and printed.
+A run that has finished is skipped, one that was killed, or whose flags now ask for more updates,
+goes on from its last checkpoint. The best validation loss of every run is appended to
+RUNS_DIR/results.tsv as it comes, and printed.
 """
 
 from __future__ import annotations
@@ -89,9 +90,9 @@ def main() -> None:
 
 
 def run(data_bin: Path, runs: Path, name: str, flags: list[str]) -> None:
-    folder = runs / name
+    folder, done = runs / name, runs / name / "done"
     folder.mkdir(exist_ok=True)
-    if (folder / "done").exists():
+    if done.exists() and done.read_text() == " ".join(flags):
         return
     train = [sys.executable, "-W", "ignore", "-m", "fairseq_cli.train", str(data_bin)]
     plugin = ["--user-dir", str(PLUGIN), "--save-dir", str(folder)]
@@ -104,7 +105,7 @@ def run(data_bin: Path, runs: Path, name: str, flags: list[str]) -> None:
         print(f"{name}: failed with status {status}, see {folder / 'train.log'}", flush=True)
         return
     record(runs, name, flags)
-    (folder / "done").touch()
+    done.write_text(" ".join(flags))
 
 
 def record(runs: Path, name: str, flags: list[str]) -> None:
