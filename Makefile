@@ -42,4 +42,4 @@ bench: setup
 	$(BIN)/python benchmarks/mt_step.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -79,7 +79,7 @@ class Scalar(nn.Module):
         saved, rate = state_dict.get(prefix + "weight"), state_dict.get(prefix + "rate")
         if saved is not None and not _same_rate(rate, self.rate):
             value = saved if rate is None else self.initial + rate * saved
-            own = value if self.rate is None else (value - self.initial) / self.rate
+            own = value if self.rate is None else (value - self.initial) / self.rate.to(value)
             state_dict[prefix + "weight"] = own
             state_dict.pop(prefix + "rate", None)
             if self.rate is not None:

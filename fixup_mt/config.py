@@ -20,7 +20,7 @@ from fairseq.models.transformer.transformer_config import (
 )
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II, DictConfig, OmegaConf
-from omegaconf.errors import InterpolationKeyError
+from omegaconf.errors import InterpolationResolutionError
 
 from fixup_mt.errors import UserError
 
@@ -61,7 +61,7 @@ def _fixup_field(kind: Any, default: Any, text: str | None) -> tuple[Any, Any]:
 
 COMPAT = ChoiceEnum(["none", "authors"])
 TIED_OUTPUT = ChoiceEnum(["leave", "scale", "gain"])
-AUTOCAST = ChoiceEnum(["none", "bf16", "fp16"])
+AUTOCAST = ChoiceEnum(["none", "bf16"])
 
 FIXUP_FIELDS: dict[str, tuple[Any, Any]] = {
     "fixup_scalar_lr_ratio": _fixup_field(
@@ -157,9 +157,12 @@ def nested(cfg: DictConfig | Namespace) -> TransformerConfig:
 
 def optimizer_name(cfg: DictConfig | Namespace) -> str:
     """The optimiser's name in fairseq; "adam" when a model is built without an optimiser."""
+    standing_alone = OmegaConf.is_config(cfg) and cfg._get_root() is cfg
+    if standing_alone and OmegaConf.is_interpolation(cfg, "optimizer"):
+        return "adam"
     try:
         return cfg.optimizer or "adam"
-    except InterpolationKeyError:
+    except InterpolationResolutionError:
         return "adam"
 
 

@@ -124,7 +124,8 @@ def resume_with_the_same_batches() -> None:
     def get_batch_iterator(self: FairseqTask, dataset: Any, *args: Any, **options: Any) -> Any:
         epoch = options.get("epoch", 1)
         anew = options.get("update_epoch_batch_itr") or getattr(self.cfg, "rebuild_batches", False)
-        if anew:
+        # Some data sets draw other sentences every epoch; their batches follow the epoch already.
+        if anew or options.get("disable_iterator_cache") or not self.can_reuse_epoch_itr(dataset):
             return original(self, dataset, *args, **options)
         iterator = original(self, dataset, *args, **(options | {"epoch": 1}))
         dataset.set_epoch(epoch)

@@ -20,7 +20,7 @@ from fixup_core import ScalarBias, ScalarMultiplier
 from fixup_mt.layers import FixupDecoderLayer, FixupEncoderLayer
 from fixup_mt.vocabulary import VocabularyDigest
 
-DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"none": None, "bf16": torch.bfloat16}
 
 
 class TiedProjection(nn.Linear):

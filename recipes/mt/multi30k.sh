@@ -34,7 +34,7 @@ set_method_flags() {
             MAX_UPDATE="${MAX_UPDATE:-6000}"
             METHOD_FLAGS=(
                 --arch transformer_fixup
-                --lr 0.001
+                --lr 0.002
                 --warmup-updates 1000
                 --dropout 0.3
                 --weight-decay 0.0001
