@@ -33,6 +33,8 @@ NOT_OFFERED = frozenset(
         *("scale_fc", "scale_attn", "scale_heads", "scale_resids"),
         # BASE layers contain LayerNorm; xFormers replaces the attention module.
         *("base_layers", "base_sublayers", "base_shuffle", "xformers_att_config"),
+        # fairseq looks the exact classes of the layers up, and ours are not among them.
+        *("quant_noise_scalar", "scalar"),
         # Declared by fairseq but read by none of its Transformers, or an old name.
         *("char_inputs", "relu_dropout"),
     }

@@ -37,7 +37,11 @@ KNOWN: tuple[tuple[Kinds, str, str], ...] = (
         "the checkpoint is truncated or not a checkpoint ({error}). Restore from another "
         "file of the same folder with --restore-file or --path",
     ),
-    (EOFError, "", "the checkpoint is empty. Restore from another file of the same folder"),
+    (
+        EOFError,
+        "Ran out of input",
+        "the checkpoint is empty. Restore from another file of the same folder",
+    ),
     (
         (RuntimeError, KeyError),
         "Neither args nor cfg exist|^'(best_loss|extra_state|optimizer_history)'$",
@@ -67,8 +71,8 @@ KNOWN: tuple[tuple[Kinds, str, str], ...] = (
     (
         IndexError,
         "index out of range in self",
-        "the data hold a word id beyond the dictionary: prepare the data again with the "
-        "dictionary that lies beside them",
+        "the data hold a word id beyond the dictionary, or a sentence beyond the learned "
+        "positions: prepare the data again, or raise --max-source-positions",
     ),
 )
 """Type, pattern in the text, and what the user is told, for errors that fairseq lets through."""
@@ -124,7 +128,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or error.__context__
+        hidden = error.__suppress_context__
+        error = error.__cause__ or (None if hidden else error.__context__)
 
 
 def _one_line(text: str) -> str:

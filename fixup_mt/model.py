@@ -43,6 +43,8 @@ class FixupTransformerModel(TransformerModelBase):
         try:
             model = super().build_model(config, task)
         except ValueError as error:
+            if not str(error).startswith("--share-all-embeddings"):
+                raise
             raise UserError(str(error)) from error
         pretrained = [
             stack.embed_tokens

@@ -78,7 +78,7 @@ def copy_checkpoints_atomically() -> None:
 def keep_the_nan_detector_alive() -> None:
     """Its backward hooks die of the encoder's dict of lists and hide the divergence they report.
 
-    Its dump of whole gradient tensors goes too: the layer's name and the norms stay.
+    Its dump of whole gradient tensors goes too: the layer's name and the parameters' names stay.
     """
     original = NanDetector.__init__
     original.__defaults__ = (True, False)
@@ -178,11 +178,11 @@ def explain_mistakes() -> None:
 
     @functools.wraps(original)
     def parse_args_and_arch(parser: Any, input_args: Any = None, *args: Any, **kwargs: Any) -> Any:
+        install_hook()  # here, and not at import: only fairseq's commands come by
         check_architecture(input_args or sys.argv[1:], list(ARCH_MODEL_REGISTRY))
         return original(parser, input_args, *args, **kwargs)
 
     options.parse_args_and_arch = parse_args_and_arch
-    install_hook()
 
 
 REPAIRS: tuple[Callable[[], None], ...] = (

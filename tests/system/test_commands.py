@@ -210,13 +210,13 @@ def test_eval_bleu_with_everything_optional_on(data_bin: Path, tmp_path: Path) -
     bleu = ("--eval-bleu", "--eval-bleu-detok", "space", "--eval-bleu-args", '{"beam": 1}')
     best = ("--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric")
     model = ("--share-all-embeddings", "--encoder-learned-pos", "--encoder-layerdrop", "0.2")
-    more = ("--checkpoint-activations", "--fixup-autocast", "bf16", "--optimizer", "sgd")
-    fairseq("train", *train_flags(data_bin, tmp_path, *bleu, *best, *model, *more))
+    more = ("--checkpoint-activations", "--fixup-autocast", "bf16")
+    slow = ("--optimizer", "sgd", "--fixup-scalar-lr-ratio", "0.25")
+    fairseq("train", *train_flags(data_bin, tmp_path, *bleu, *best, *model, *more, *slow))
     state = load_checkpoint_to_cpu(str(tmp_path / "checkpoint_best.pt"))
     assert "best" in state["extra_state"] and state["extra_state"]["val_loss"] >= 0
     rate = state["model"]["encoder.layers.0.self_attn_layer_norm.rate"].item()
-    default = state["cfg"]["model"]["fixup_scalar_lr_ratio"]
-    assert rate == pytest.approx(default**0.5)
+    assert rate == pytest.approx(0.25**0.5)
 
 
 @pytest.fixture(scope="module")
