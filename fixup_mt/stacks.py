@@ -6,6 +6,7 @@ Shapes: T target length, S source length, B sentences, D width, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, Dict, List, Optional
 
@@ -158,9 +159,17 @@ def precision(dtype: Optional[torch.dtype], tokens: Tensor) -> Any:
     return torch.autocast(tokens.device.type, dtype)
 
 
+def _forward_in(dtype: Optional[torch.dtype], forward: Any, x: Tensor, *args: Any, **kwargs: Any):
+    with precision(dtype, x):
+        return forward(x, *args, **kwargs)
+
+
 def _wrap(layer: nn.Module, cfg: Any) -> nn.Module:
     """Activation checkpointing and sharding, as fairseq wraps its own layers."""
     if cfg.checkpoint_activations:
+        # The recomputation happens in the backward pass, where the stack's autocast has ended.
+        dtype = DTYPES[str(cfg.fixup_autocast)]
+        layer.forward = functools.partial(_forward_in, dtype, layer.forward)
         layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
     smallest = 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
     return fsdp_wrap(layer, min_num_params=smallest)
