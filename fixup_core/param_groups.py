@@ -23,6 +23,8 @@ def anchored_rate(ratio: float, optimizer: str) -> float:
     """The rate of anchored scalars that makes them learn ``ratio`` times as fast as weights.
 
     Under Adam the step of ``s = s0 + c p`` is c times the step of p, under SGD c squared times.
+    Optimisers that scale a step by the parameter's size (Adafactor, LAMB) keep the scalars almost
+    still, since p starts at 0: the ratio means little under them.
 
     Args:
         ratio: Above 0; 1 is the weights' own speed.

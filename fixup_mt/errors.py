@@ -7,7 +7,10 @@ import pickle
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
+
+from torch.multiprocessing import ProcessRaisedException
 
 
 class UserError(ValueError):
@@ -77,22 +80,24 @@ KNOWN: tuple[tuple[Kinds, str, str], ...] = (
 )
 """Type, pattern in the text, and what the user is told, for errors that fairseq lets through."""
 
+RAISED = re.compile(r"^(?:\w+\.)*(\w+): (.*(?:\n[ \t].*)*)", re.MULTILINE)
+"""An error at the end of a printed traceback: its class and its text."""
+
 
 def explain(error: BaseException) -> str | None:
     """One line for an error a user can cause, ``None`` for any other.
 
     The errors it was raised from are looked at too: fairseq hides the reason behind its own.
     """
-    chain = list(_chain(error))
-    for link in chain:
-        if isinstance(link, UserError):
-            return _one_line(str(link))
+    told = list(_told(error))
+    for one in told:
+        if UserError.__name__ in one.kinds:
+            return _one_line(one.text)
     # The first cause says most.
-    for link in reversed(chain):
+    for one in reversed(told):
         for kind, pattern, advice in KNOWN:
-            if isinstance(link, kind) and re.search(pattern, str(link)):
-                name = getattr(link, "filename", None) or link
-                return _one_line(advice.format(error=_one_line(str(link)), filename=name))
+            if one.is_a(kind) and re.search(pattern, one.text):
+                return _one_line(advice.format(error=_one_line(one.text), filename=one.subject))
     return None
 
 
@@ -123,11 +128,31 @@ def install_hook() -> None:
     sys.excepthook = hook
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+@dataclass(frozen=True)
+class _Told:
+    """An error as it can be matched: the names of its classes, its text, and what it is about."""
+
+    kinds: frozenset[str]
+    text: str
+    subject: str
+
+    def is_a(self, kind: Kinds) -> bool:
+        classes = kind if isinstance(kind, tuple) else (kind,)
+        return any(one.__name__ in self.kinds for one in classes)
+
+
+def _told(error: BaseException | None) -> Iterator[_Told]:
+    """The error, then what it was raised from; last the errors of a spawned rank, which hands its
+    traceback over as a text.
+    """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        yield error
+        text, kinds = str(error), frozenset(kind.__name__ for kind in type(error).__mro__)
+        yield _Told(kinds, text, str(getattr(error, "filename", None) or text))
+        if isinstance(error, ProcessRaisedException):
+            for kind, raised in reversed(RAISED.findall(text)):
+                yield _Told(frozenset({kind}), raised, raised)
         hidden = error.__suppress_context__
         error = error.__cause__ or (None if hidden else error.__context__)
 

@@ -12,7 +12,6 @@ import functools
 import importlib
 import logging
 import os
-import shutil
 import sys
 import typing
 from collections.abc import Callable
@@ -63,14 +62,14 @@ def load_checkpoints_safely() -> None:
 
 def copy_checkpoints_atomically() -> None:
     """A kill while ``checkpoint_last.pt`` is copied over in place leaves it truncated."""
+    original = PathManager.copy
 
-    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-        if Path(dst_path).exists() and not overwrite:
-            return False
-        temporary = Path(f"{dst_path}.tmp")
-        shutil.copyfile(src_path, temporary)
-        temporary.replace(dst_path)
-        return True
+    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
+        if "://" in dst_path:  # a remote store, through iopath
+            return original(src_path, dst_path, overwrite=overwrite)
+        temporary = f"{dst_path}.tmp"
+        original(src_path, temporary, overwrite=True)
+        return Path(temporary).replace(dst_path)
 
     PathManager.copy = staticmethod(copy)
 
@@ -78,7 +77,8 @@ def copy_checkpoints_atomically() -> None:
 def keep_the_nan_detector_alive() -> None:
     """Its backward hooks die of the encoder's dict of lists and hide the divergence they report.
 
-    Its dump of whole gradient tensors goes too: the layer's name and the parameters' names stay.
+    So only its forward hooks stay, which name the first layer with a bad output. At the end the
+    parameters with bad gradients are named, where fairseq prints the whole tensors.
     """
     original = NanDetector.__init__
     original.__defaults__ = (True, False)
@@ -144,10 +144,13 @@ def find_the_restore_file() -> None:
 
     @functools.wraps(original)
     def load_checkpoint(cfg: Any, trainer: Any, **options: Any) -> Any:
-        name = cfg.restore_file
-        beside = Path(cfg.save_dir, name)
-        if name != "checkpoint_last.pt" and "://" not in name and not Path(name).exists():
-            if not beside.exists():
+        name, beside = cfg.restore_file, Path(cfg.save_dir, cfg.restore_file)
+
+        def exists(path: str | Path) -> bool:
+            return Path(str(path).replace(".pt", f"{trainer.checkpoint_suffix}.pt")).exists()
+
+        if name != "checkpoint_last.pt" and "://" not in name and not exists(name):
+            if not exists(beside):
                 raise UserError(f"--restore-file: neither {name} nor {beside} exists")
             cfg.restore_file = str(beside)
         return original(cfg, trainer, **options)
@@ -155,19 +158,22 @@ def find_the_restore_file() -> None:
     checkpoint_utils.load_checkpoint = load_checkpoint
 
 
-def let_torchrun_work_without_gpus() -> None:
-    """Without a GPU the ranks that torchrun starts each train alone, into the same folder."""
+def join_the_ranks_of_torchrun() -> None:
+    """Not torchrun's ranks are counted but a machine's GPUs: without a GPU, or with one on each
+    node, every rank trains alone, into the same folder.
+    """
     original = distributed_utils.infer_init_method
 
     @functools.wraps(original)
     def infer_init_method(cfg: Any, force_distributed: bool = False) -> None:
         ranks = int(os.environ.get("WORLD_SIZE", 1))
-        if ranks == 1 or "RANK" not in os.environ or torch.cuda.is_available():
-            return original(cfg, force_distributed)
-        cfg.distributed_init_method = "env://"
-        cfg.distributed_world_size = ranks
-        cfg.distributed_rank = int(os.environ["RANK"])
-        cfg.distributed_no_spawn = True
+        if ranks > 1 and "RANK" in os.environ:
+            cfg.distributed_world_size = ranks
+            if not torch.cuda.is_available():
+                cfg.distributed_init_method = "env://"
+                cfg.distributed_rank = int(os.environ["RANK"])
+                cfg.distributed_no_spawn = True
+        original(cfg, force_distributed)
 
     distributed_utils.infer_init_method = infer_init_method
 
@@ -192,7 +198,7 @@ REPAIRS: tuple[Callable[[], None], ...] = (
     keep_the_last_batch,
     resume_with_the_same_batches,
     find_the_restore_file,
-    let_torchrun_work_without_gpus,
+    join_the_ranks_of_torchrun,
     explain_mistakes,
 )
 

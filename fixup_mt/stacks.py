@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any, Dict, List, Optional
 
 import torch
-from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
@@ -165,11 +164,9 @@ def _forward_in(dtype: Optional[torch.dtype], forward: Any, x: Tensor, *args: An
 
 
 def _wrap(layer: nn.Module, cfg: Any) -> nn.Module:
-    """Activation checkpointing and sharding, as fairseq wraps its own layers."""
-    if cfg.checkpoint_activations:
-        # The recomputation happens in the backward pass, where the stack's autocast has ended.
-        dtype = DTYPES[str(cfg.fixup_autocast)]
-        layer.forward = functools.partial(_forward_in, dtype, layer.forward)
-        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
-    smallest = 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
-    return fsdp_wrap(layer, min_num_params=smallest)
+    """Activation checkpointing, as fairseq wraps its own layers."""
+    if not cfg.checkpoint_activations:
+        return layer
+    # The recomputation happens in the backward pass, where the stack's autocast has ended.
+    layer.forward = functools.partial(_forward_in, DTYPES[str(cfg.fixup_autocast)], layer.forward)
+    return checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)

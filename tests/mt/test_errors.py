@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch.multiprocessing import ProcessRaisedException
 
 from fixup_mt.errors import KNOWN, UserError, check_architecture, explain
 from tests.conftest import ENVIRONMENT, ROOT
@@ -52,6 +54,28 @@ def test_unknown_errors_keep_their_traceback(error: BaseException) -> None:
 def test_the_reason_behind_fairseqs_own_error_is_told() -> None:
     hidden = _raised(UserError("the source dictionary is another"), Exception("Cannot load model"))
     assert explain(hidden) == "the source dictionary is another"
+
+
+def _fail(rank: int, kind: type[BaseException], text: str) -> None:
+    try:
+        raise ZeroDivisionError("the cause")
+    except ZeroDivisionError as error:
+        raise kind(text) from error
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "says"),
+    [
+        (UserError, "mend it", "mend it"),
+        (RuntimeError, "Error(s) in loading state_dict for M:\n\tsize mismatch", "does not fit"),
+        (RuntimeError, "boom", None),
+    ],
+)
+def test_a_spawned_ranks_mistake_is_told_too(kind: type, text: str, says: str | None) -> None:
+    with pytest.raises(ProcessRaisedException) as caught:
+        torch.multiprocessing.spawn(_fail, (kind, text), nprocs=1)
+    line = explain(caught.value)
+    assert line is None if says is None else says in str(line)
 
 
 def test_every_advice_can_be_written() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,13 +24,17 @@ from fixup_mt.errors import UserError
 from tests.conftest import ENVIRONMENT, ROOT, fairseq, train_flags
 
 
-def _without_repairs(code: str) -> str:
-    """Run ``code`` in a fresh process with the switch off; what it prints."""
-    environment = ENVIRONMENT | {repairs.SWITCH: "0", "PYTHONPATH": str(ROOT)}
+def _in_a_fresh_process(code: str, switch: str = "1") -> str:
+    """What ``code`` prints."""
+    environment = ENVIRONMENT | {repairs.SWITCH: switch, "PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-c", f"import fixup_mt\n{code}"]
     return subprocess.run(
         line, capture_output=True, text=True, env=environment, check=True
     ).stdout.strip()
+
+
+def _without_repairs(code: str) -> str:
+    return _in_a_fresh_process(code, switch="0")
 
 
 def test_the_log_says_that_they_are_on(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
@@ -84,7 +89,7 @@ def test_a_kill_while_copying_leaves_the_old_checkpoint(tmp_path: Path, monkeypa
     new, old = tmp_path / "checkpoint1.pt", tmp_path / "checkpoint_last.pt"
     new.write_bytes(b"n" * 100), old.write_bytes(b"o" * 100)
     with monkeypatch.context() as patch:
-        patch.setattr(repairs.shutil, "copyfile", _die_half_way)
+        patch.setattr(shutil, "copyfile", _die_half_way)
         with pytest.raises(KeyboardInterrupt):
             PathManager.copy(str(new), str(old), overwrite=True)
     assert old.read_bytes() == b"o" * 100
@@ -102,6 +107,27 @@ def test_without_the_repair_the_old_checkpoint_is_truncated(tmp_path: Path) -> N
         f"except KeyboardInterrupt: print(len(Path(r'{tmp_path}/old').read_bytes()))"
     )
     assert _without_repairs(code) == "10"
+
+
+def _batches_of_a_run_from(epoch: int, data_bin: Path) -> str:
+    return (
+        "from fairseq.tasks.translation import TranslationConfig, TranslationTask\n"
+        f"c = TranslationConfig(data=r'{data_bin}', source_lang='de', target_lang='en')\n"
+        "c.train_subset, c.dataset_impl, c.required_seq_len_multiple = 'train', None, 1\n"
+        "t = TranslationTask.setup_task(c); t.load_dataset('train')\n"
+        "i = t.get_batch_iterator(t.dataset('train'), max_tokens=100, seed=7,"
+        f" epoch={epoch})\n"
+        f"assert i.next_epoch_idx == {epoch}\n"
+        "print([b.tolist() for b in i.frozen_batches])"
+    )
+
+
+def test_a_run_resumed_in_another_epoch_has_the_same_batches_and_without_the_repair_others(
+    data_bin: Path,
+) -> None:
+    first, third = (_batches_of_a_run_from(epoch, data_bin) for epoch in (1, 3))
+    assert _in_a_fresh_process(first) == _in_a_fresh_process(third) == _without_repairs(first)
+    assert _without_repairs(first) != _without_repairs(third)
 
 
 class _DictOfLists(nn.Module):
@@ -140,16 +166,33 @@ def test_a_restore_file_is_found_beside_the_checkpoints(tmp_path: Path, monkeypa
     )
     repairs.find_the_restore_file()
     (tmp_path / "checkpoint_best.pt").touch()
+    trainer = SimpleNamespace(checkpoint_suffix="")
     cfg = SimpleNamespace(restore_file="checkpoint_best.pt", save_dir=str(tmp_path))
-    checkpoint_utils.load_checkpoint(cfg, None)
+    checkpoint_utils.load_checkpoint(cfg, trainer)
     assert seen[0].restore_file == str(tmp_path / "checkpoint_best.pt")
     missing = SimpleNamespace(restore_file="nowhere.pt", save_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"neither nowhere\.pt nor"):
-        checkpoint_utils.load_checkpoint(missing, None)
+        checkpoint_utils.load_checkpoint(missing, trainer)
+
+
+def test_a_restore_file_may_have_the_suffix_of_the_run(tmp_path: Path, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        repairs.checkpoint_utils, "load_checkpoint", lambda cfg, trainer: seen.append(cfg)
+    )
+    repairs.find_the_restore_file()
+    (tmp_path / "checkpoint_best-shard0.pt").touch()
+    cfg = SimpleNamespace(restore_file="checkpoint_best.pt", save_dir=str(tmp_path))
+    checkpoint_utils.load_checkpoint(cfg, SimpleNamespace(checkpoint_suffix="-shard0"))
+    assert seen[0].restore_file == str(tmp_path / "checkpoint_best.pt")
+
+
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
 def test_torchruns_ranks_find_each_other(monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("RANK", "1")
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg = SimpleNamespace(distributed_world_size=1, distributed_init_method=None)
     distributed_utils.infer_init_method(cfg)
@@ -157,10 +200,29 @@ def test_torchruns_ranks_find_each_other(monkeypatch) -> None:
     assert cfg.distributed_init_method == "env://" and cfg.distributed_no_spawn
 
 
-def test_without_the_repair_each_rank_trains_alone() -> None:
+def test_torchruns_ranks_with_one_gpu_a_node_find_each_other(monkeypatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    cfg = SimpleNamespace(
+        distributed_world_size=1,
+        distributed_init_method=None,
+        tpu=False,
+        pipeline_model_parallel=False,
+    )
+    distributed_utils.infer_init_method(cfg)
+    assert (cfg.distributed_world_size, cfg.distributed_rank, cfg.device_id) == (2, 1, 0)
+    assert cfg.distributed_init_method == "env://" and cfg.distributed_no_spawn
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_without_the_repair_each_rank_trains_alone(gpus: int) -> None:
     code = (
-        "import os; from types import SimpleNamespace as N\n"
-        "os.environ.update(WORLD_SIZE='2', RANK='1')\n"
+        "import os, torch; from types import SimpleNamespace as N\n"
+        f"os.environ.update({TORCHRUN})\n"
+        f"torch.cuda.is_available = lambda: bool({gpus})\n"
+        f"torch.cuda.device_count = lambda: {gpus}\n"
         "from fairseq.distributed.utils import infer_init_method\n"
         "c = N(distributed_world_size=1, distributed_init_method=None, tpu=False,"
         " pipeline_model_parallel=False, distributed_port=-1)\n"
