@@ -159,32 +159,31 @@ def test_without_the_repair_it_dies() -> None:
     assert _without_repairs(code) == "dead"
 
 
-def test_a_restore_file_is_found_beside_the_checkpoints(tmp_path: Path, monkeypatch) -> None:
-    seen = []
-    monkeypatch.setattr(
-        repairs.checkpoint_utils, "load_checkpoint", lambda cfg, trainer: seen.append(cfg)
-    )
+@pytest.fixture
+def restored(monkeypatch) -> list[SimpleNamespace]:
+    """What the repaired ``load_checkpoint`` hands to fairseq's."""
+    seen: list[SimpleNamespace] = []
+    monkeypatch.setattr(checkpoint_utils, "load_checkpoint", lambda cfg, trainer: seen.append(cfg))
     repairs.find_the_restore_file()
+    return seen
+
+
+def test_a_restore_file_is_found_beside_the_checkpoints(tmp_path: Path, restored) -> None:
     (tmp_path / "checkpoint_best.pt").touch()
     trainer = SimpleNamespace(checkpoint_suffix="")
     cfg = SimpleNamespace(restore_file="checkpoint_best.pt", save_dir=str(tmp_path))
     checkpoint_utils.load_checkpoint(cfg, trainer)
-    assert seen[0].restore_file == str(tmp_path / "checkpoint_best.pt")
+    assert restored[0].restore_file == str(tmp_path / "checkpoint_best.pt")
     missing = SimpleNamespace(restore_file="nowhere.pt", save_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"neither nowhere\.pt nor"):
         checkpoint_utils.load_checkpoint(missing, trainer)
 
 
-def test_a_restore_file_may_have_the_suffix_of_the_run(tmp_path: Path, monkeypatch) -> None:
-    seen = []
-    monkeypatch.setattr(
-        repairs.checkpoint_utils, "load_checkpoint", lambda cfg, trainer: seen.append(cfg)
-    )
-    repairs.find_the_restore_file()
+def test_a_restore_file_may_have_the_suffix_of_the_run(tmp_path: Path, restored) -> None:
     (tmp_path / "checkpoint_best-shard0.pt").touch()
     cfg = SimpleNamespace(restore_file="checkpoint_best.pt", save_dir=str(tmp_path))
     checkpoint_utils.load_checkpoint(cfg, SimpleNamespace(checkpoint_suffix="-shard0"))
-    assert seen[0].restore_file == str(tmp_path / "checkpoint_best.pt")
+    assert restored[0].restore_file == str(tmp_path / "checkpoint_best.pt")
 
 
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
