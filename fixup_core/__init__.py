@@ -4,7 +4,7 @@ The rules shared by ``fixup_mt`` and ``vision``; needs torch alone.
 """
 
 from fixup_core.branches import ResidualBranch, WeightLayer, collect_branches
-from fixup_core.init import fixup_init_
+from fixup_core.init import fixup_init_, lsuv_init_, standard_init_
 from fixup_core.param_groups import SCALAR_LR_RATIO, anchored_rate, param_groups
 from fixup_core.report import FixupReport
 from fixup_core.scalars import (
@@ -29,6 +29,8 @@ __all__ = [
     "branch_scale",
     "collect_branches",
     "fixup_init_",
+    "lsuv_init_",
     "param_groups",
     "scalars",
+    "standard_init_",
 ]

@@ -6,9 +6,10 @@ A block says which of its modules form a residual branch, in order::
         def residual_branches(self):
             yield ResidualBranch("convs", (WeightLayer(self.conv1), WeightLayer(self.conv2)))
 
-Two more methods are looked for on any module of the model, both optional:
-``classifier_layers()`` yields the modules that rule 1 sets to 0, ``standard_layers()`` the
-``WeightLayer`` outside all branches whose standard initialisation is not the default of their type.
+More methods are looked for on any module of the model, all optional: ``classifier_layers()``
+yields the modules that rule 1 sets to 0, ``standard_layers()`` the ``WeightLayer`` outside all
+branches whose standard initialisation is not the default of their type, ``last_norms()`` the
+normalisation layers that end a branch (for the initialisations Fixup is compared with).
 """
 
 from __future__ import annotations
@@ -95,6 +96,11 @@ def collect_classifiers(model: nn.Module) -> list[nn.Module]:
 def collect_standard_layers(model: nn.Module) -> list[WeightLayer]:
     """The layers outside all branches that declare their own standard initialisation."""
     return [layer for _, layer in _declarations(model, "standard_layers")]
+
+
+def collect_last_norms(model: nn.Module) -> list[nn.Module]:
+    """The normalisation layers that end a branch."""
+    return [norm for _, norm in _declarations(model, "last_norms")]
 
 
 def _declarations(model: nn.Module, method: str) -> Iterator[tuple[str, Any]]:

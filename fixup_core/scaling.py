@@ -51,6 +51,11 @@ def xavier_std(fan_in: int, fan_out: int) -> float:
     return math.sqrt(2 / (fan_in + fan_out))
 
 
+def orthogonal_std(rows: int, columns: int) -> float:
+    """Root mean square of the entries of a matrix whose rows, or columns, are orthonormal."""
+    return max(rows, columns) ** -0.5
+
+
 def embedding_std(embedding_dim: int) -> float:
     """Standard deviation of the embeddings of a Transformer: ``d ** (-1/2)``."""
     return embedding_dim**-0.5

@@ -15,6 +15,7 @@ from fixup_core import scaling
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,12 @@ class Standard:
     Attributes:
         name: As printed in reports.
         std: The standard deviation for a module, before any factor.
-        uniform: Uniform if true, else normal.
+        shape: "normal", "uniform" or "orthogonal".
     """
 
     name: str
     std: Callable[[nn.Module], float]
-    uniform: bool
+    shape: str = "normal"
 
 
 def fans(module: Any) -> tuple[int, int]:
@@ -63,17 +64,23 @@ def _torch_default(module: Any) -> float:
     return scaling.torch_default_std(fans(module)[0])
 
 
+def _orthogonal(module: Any) -> float:
+    return scaling.orthogonal_std(*module.weight.flatten(1).shape)
+
+
 def _embedding(module: Any) -> float:
     return scaling.embedding_std(module.weight.shape[1])
 
 
-HE_NORMAL = Standard("He normal, fan-out", _he, uniform=False)
-XAVIER_UNIFORM = Standard("Xavier uniform", _xavier, uniform=True)
-PACKED_XAVIER_UNIFORM = Standard("Xavier uniform, packed q/k/v", _xavier_packed, uniform=True)
+HE_NORMAL = Standard("He normal, fan-out", _he)
+XAVIER_UNIFORM = Standard("Xavier uniform", _xavier, "uniform")
+PACKED_XAVIER_UNIFORM = Standard("Xavier uniform, packed q/k/v", _xavier_packed, "uniform")
 """The fan of one packed ``3d x d`` matrix of queries, keys and values, as in the authors' code:
 the bound is ``sqrt(6 / (3d + d))`` where separate matrices have ``sqrt(6 / 2d)``."""
-TORCH_DEFAULT = Standard("PyTorch default", _torch_default, uniform=True)
-EMBEDDING_NORMAL = Standard("normal, d^-1/2", _embedding, uniform=False)
+XAVIER_NORMAL = Standard("Xavier normal", _xavier)
+TORCH_DEFAULT = Standard("PyTorch default", _torch_default, "uniform")
+ORTHOGONAL = Standard("orthonormal", _orthogonal, "orthogonal")
+EMBEDDING_NORMAL = Standard("normal, d^-1/2", _embedding)
 
 
 def standard_of(module: nn.Module) -> Standard | None:

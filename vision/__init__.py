@@ -1,0 +1,1 @@
+"""Residual networks for images, with and without normalisation, in PyTorch Lightning."""

@@ -1,0 +1,161 @@
+"""The residual block and its shortcuts. Tensors are [B, C, H, W].
+
+One block serves every network: basic and bottleneck, with and without normalisation, post- and
+pre-activation. What differs comes in as a ``Method`` and a ``Design``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fixup_core import ResidualBranch, WeightLayer
+from vision.nets.methods import ACTIVATIONS, Method
+
+ORDERS = ("post", "pre")
+SHORTCUTS = ("A", "B", "C", "none")
+
+
+@dataclass(frozen=True)
+class Design:
+    """What all blocks of a network share.
+
+    Attributes:
+        method: Norms, scalars, initialisation.
+        shortcut: He et al. 2015, section 4.1: "A" identity, strided, with zero channels; "B"
+            projection where the shape changes; "C" projection everywhere; "none" a plain network.
+        order: "post": the activation follows the addition (He et al. 2015). "pre": norm and
+            activation come before each convolution (He et al. 2016).
+        activation: "relu", "tanh" or "sigmoid".
+        bottleneck: 1x1, 3x3, 1x1 convolutions, the last four times as wide, not two 3x3.
+        dropout: Probability, before the last convolution of a branch (Zagoruyko 2016).
+    """
+
+    method: Method
+    shortcut: str = "A"
+    order: str = "post"
+    activation: str = "relu"
+    bottleneck: bool = False
+    dropout: float = 0.0
+
+    @property
+    def expansion(self) -> int:
+        return 4 if self.bottleneck else 1
+
+    def shapes(self, inputs: int, width: int, stride: int) -> list[tuple[int, int, int, int]]:
+        """Inputs, outputs, kernel and stride of each convolution of a branch."""
+        if not self.bottleneck:
+            return [(inputs, width, 3, stride), (width, width, 3, 1)]
+        return [(inputs, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)]
+
+    def convolution(self, inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
+        return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=self.method.vectors)
+
+
+class Subsample(nn.Module):
+    """Shortcut A: every ``stride``-th pixel, and zeros for the channels that are new."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.new_channels, self.stride = outputs - inputs, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+
+
+class Projection(nn.Module):
+    """Shortcuts B and C: a strided 1x1 convolution, in no branch."""
+
+    def __init__(self, design: Design, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv = design.convolution(inputs, outputs, 1, stride)
+        self.norm = design.method.after_projection(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+def make_shortcut(design: Design, inputs: int, outputs: int, stride: int) -> nn.Module | None:
+    """The shortcut of a block; ``None`` passes the block's own input on, without its bias.
+
+    Raises:
+        ValueError: Shortcut A where the branch has fewer channels than its input.
+    """
+    changes = stride != 1 or inputs != outputs
+    if design.shortcut == "C" or (design.shortcut == "B" and changes):
+        return Projection(design, inputs, outputs, stride)
+    if not changes or design.shortcut == "none":
+        return None
+    if outputs < inputs:
+        raise ValueError(f"shortcut A cannot go from {inputs} to {outputs} channels")
+    return Subsample(inputs, outputs, stride)
+
+
+class Block(nn.Module):
+    """One residual branch and its shortcut.
+
+    ``shifts`` stand before the convolutions, ``norms`` before the activations: with Fixup both
+    are scalar biases, with normalisation the shifts are nothing. In post order the last norm
+    stands before the activation that follows the addition.
+
+    Args:
+        design: What the network's blocks share.
+        inputs: Channels of the input.
+        width: Channels of the 3x3 convolutions.
+        stride: Of the first 3x3 convolution, and of the shortcut.
+    """
+
+    def __init__(self, design: Design, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        method, shapes = design.method, design.shapes(inputs, width, stride)
+        self.post, self.plain = design.order == "post", design.shortcut == "none"
+        self.normalised = method.norm is not None
+        self.convs = nn.ModuleList(design.convolution(*shape) for shape in shapes)
+        self.shifts = nn.ModuleList(method.before_weights() for _ in shapes)
+        channels = [shape[1 if self.post else 0] for shape in shapes]
+        self.norms = nn.ModuleList(method.before_activation(c) for c in channels)
+        self.multiplier = method.end_of_branch()
+        self.shortcut = make_shortcut(design, inputs, shapes[-1][1], stride)
+        self.activation = ACTIVATIONS[design.activation]()
+        self.dropout = nn.Dropout(design.dropout)
+
+    def residual_branches(self) -> Iterator[ResidualBranch]:
+        """M = 2, or 3 in a bottleneck; a plain block has none."""
+        if not self.plain:
+            yield ResidualBranch("branch", tuple(WeightLayer(conv) for conv in self.convs))
+
+    def last_norms(self) -> Iterator[nn.Module]:
+        """The normalisation behind the branch's last convolution, which only post order has."""
+        if self.post and not self.plain and self.normalised:
+            yield self.norms[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifted, out = self.branch(x)
+        out = out if self.plain else out + self.skip(x, shifted)
+        return self.activation(out) if self.post else out
+
+    def branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The input of the first convolution, and what the branch adds to the shortcut."""
+        shifted = out = self._into(0, x)
+        for i in range(len(self.convs) - 1):
+            out = self.convs[i](out)
+            out = self._into(i + 1, self.norms[i](out) if self.post else out)
+        out = self.multiplier(self.convs[-1](self.dropout(out)))
+        return shifted, self.norms[-1](out) if self.post else out
+
+    def _into(self, i: int, out: Tensor) -> Tensor:
+        """What convolution ``i`` sees; in post order the first one's input is activated already."""
+        if not self.post:
+            out = self.norms[i](out)
+        if i > 0 or not self.post:
+            out = self.activation(out)
+        return self.shifts[i](out)
+
+    def skip(self, x: Tensor, shifted: Tensor) -> Tensor:
+        """The shortcut. Where the shape changes it takes the biased input, as in the authors' code,
+        or, in pre order, the activated one, as in He et al. 2016.
+        """
+        return x if self.shortcut is None else self.shortcut(shifted)

@@ -1,0 +1,170 @@
+"""The networks by name: ``cifar_resnet20``, ``cifar_wrn40_10``, ``highway50`` and so on.
+
+A family is a pattern whose numbers are depth and width, and a function that builds the network.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vision.nets.blocks import Design
+from vision.nets.highway import HighwayConvNet, HighwayMLP
+from vision.nets.methods import METHODS, Method, initialise_
+from vision.nets.resnet import ResNet
+
+IMAGENET_COUNTS = {
+    18: (False, (2, 2, 2, 2)),
+    34: (False, (3, 4, 6, 3)),
+    50: (True, (3, 4, 6, 3)),
+    101: (True, (3, 4, 23, 3)),
+    152: (True, (3, 8, 36, 3)),
+}
+"""Depth -> bottleneck or not, blocks of each stage (He et al. 2015, table 1)."""
+
+DESIGN_OPTIONS = ("shortcut", "order", "activation", "dropout")
+
+
+def _design(method: Method, options: dict[str, Any], **defaults: Any) -> Design:
+    given = {key: options.pop(key) for key in DESIGN_OPTIONS if key in options}
+    return Design(method, **(defaults | given))
+
+
+def _cifar_resnet(depth: int, *, method: Method, **options: Any) -> nn.Module:
+    """ResNet-(6n+2): n basic blocks in each of three stages, 16, 32 and 64 wide, shortcut A."""
+    count = _blocks_per_stage(depth, 2)
+    width = options.pop("width", 16)
+    widths = (width, 2 * width, 4 * width)
+    return ResNet(_design(method, options), counts=(count,) * 3, widths=widths, **options)
+
+
+def _cifar_wrn(depth: int, factor: int, *, method: Method, **options: Any) -> nn.Module:
+    """Wide-ResNet-(6n+4): ``factor`` times as wide, pre order, shortcut B."""
+    count = _blocks_per_stage(depth, 4)
+    design = _design(method, options, shortcut="B", order="pre")
+    widths = (16 * factor, 32 * factor, 64 * factor)
+    return ResNet(design, counts=(count,) * 3, widths=widths, stem_width=16, **options)
+
+
+def _imagenet_resnet(depth: int, *, method: Method, **options: Any) -> nn.Module:
+    """ResNet-18/34 of basic blocks, 50/101/152 of bottlenecks, shortcut B."""
+    if depth not in IMAGENET_COUNTS:
+        known = ", ".join(map(str, IMAGENET_COUNTS))
+        raise ValueError(f"there is no imagenet_resnet{depth}; the depths are {known}")
+    bottleneck, counts = IMAGENET_COUNTS[depth]
+    design = _design(method, options, shortcut="B", bottleneck=bottleneck)
+    return ResNet(design, counts=counts, widths=(64, 128, 256, 512), imagenet=True, **options)
+
+
+def _highway(depth: int, *, method: Method, **options: Any) -> nn.Module:
+    """Fully connected highway network, 50 wide."""
+    return _gated(HighwayMLP, depth, method, options)
+
+
+def _highway_conv(depth: int, *, method: Method, **options: Any) -> nn.Module:
+    """Convolutional highway network of 3x3 convolutions, 16, 32 and 64 wide."""
+    return _gated(HighwayConvNet, depth, method, options)
+
+
+def _gated(kind: Any, depth: int, method: Method, options: dict[str, Any]) -> nn.Module:
+    if method.residual or method.norm:
+        raise ValueError(
+            "a highway network has gates in place of norms and residual branches: "
+            "take method none, xavier or lsuv"
+        )
+    if depth < 2:
+        raise ValueError(f"a highway network has at least 2 layers, got {depth}")
+    return kind(depth=depth, **options)
+
+
+def _blocks_per_stage(depth: int, outside: int) -> int:
+    count, rest = divmod(depth - outside, 6)
+    if rest or count < 1:
+        below = 6 * max(count, 1) + outside
+        raise ValueError(f"a depth of {depth} is not 6n+{outside}: take {below} or {below + 6}")
+    return count
+
+
+@dataclass(frozen=True)
+class Family:
+    """A line of networks.
+
+    Attributes:
+        pattern: Of the names; its groups are whole numbers, ``build``'s first arguments.
+        build: Makes the network, its weights not yet written.
+        example: A name.
+        image: Channels and size of an image, for an initialisation that looks at data.
+    """
+
+    pattern: str
+    build: Callable[..., nn.Module]
+    example: str
+    image: tuple[int, int] = (3, 32)
+
+
+FAMILIES = (
+    Family(r"cifar_resnet(\d+)", _cifar_resnet, "cifar_resnet20"),
+    Family(r"cifar_wrn(\d+)_(\d+)", _cifar_wrn, "cifar_wrn40_10"),
+    Family(r"imagenet_resnet(\d+)", _imagenet_resnet, "imagenet_resnet50", (3, 224)),
+    Family(r"highway_conv(\d+)", _highway_conv, "highway_conv19"),
+    Family(r"highway(\d+)", _highway, "highway50"),
+)
+
+
+def build_net(
+    name: str,
+    *,
+    method: str = "fixup",
+    num_classes: int = 10,
+    batch: torch.Tensor | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a network and write its weights.
+
+    Args:
+        name: The family and its numbers: ``cifar_resnet<6n+2>``, ``cifar_wrn<6n+4>_<width>``,
+            ``imagenet_resnet<18|34|50|101|152>``, ``highway<depth>``, ``highway_conv<depth>``.
+        method: A name in ``METHODS``.
+        num_classes: Of the classifier.
+        batch: Images [B, C, H, W] for a method that looks at data; noise if there are none.
+        options: Of the family: ``shortcut``, ``order``, ``activation``, ``dropout``,
+            ``in_channels``, ``checkpointing``; ``width`` of a CIFAR ResNet's first stage;
+            ``gate_bias``, ``width``, ``image_size`` of a highway network.
+
+    Returns:
+        The network; ``report`` on it says how every weight was drawn.
+
+    Raises:
+        ValueError: An unknown name, method or option, an impossible depth, or a method the network
+            cannot take.
+    """
+    family, numbers = _parse(name)
+    if method not in METHODS:
+        raise ValueError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
+    chosen = METHODS[method]
+    try:
+        net = family.build(*numbers, method=chosen, num_classes=num_classes, **options)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if chosen.batch and batch is None:
+        channels, size = family.image
+        size = options.get("image_size", size)
+        batch = torch.randn(16, options.get("in_channels", channels), size, size)
+    net.report = initialise_(net, chosen, batch)
+    return net
+
+
+def _parse(name: str) -> tuple[Family, list[int]]:
+    for family in FAMILIES:
+        match = re.fullmatch(family.pattern, name)
+        if match:
+            return family, [int(number) for number in match.groups()]
+    examples = [family.example for family in FAMILIES]
+    near = difflib.get_close_matches(name, examples, n=1, cutoff=0) or examples
+    raise ValueError(f"there is no network {name!r}; the nearest family: {near[0]}")

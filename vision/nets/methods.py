@@ -1,0 +1,133 @@
+"""What makes a deep network trainable, as data: norms, scalars and an initialisation.
+
+A method says what stands around the weight layers of any network here and how the weights start.
+The ablations of Fixup are flags of the same record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from fixup_core import (
+    FixupReport,
+    ScalarBias,
+    ScalarMultiplier,
+    fixup_init_,
+    lsuv_init_,
+    standard_init_,
+)
+from fixup_core.scaling import unit_scale
+from fixup_core.standards import XAVIER_NORMAL
+
+GROUPS = 32
+"""Of group normalisation (Wu and He 2018), or fewer where a layer has fewer channels."""
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation with 32 groups, or as many below as divide the channels."""
+    return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the layers of a network are kept in hand.
+
+    Attributes:
+        text: One line for the command line's help.
+        initialise: Writes all weights of a built network.
+        norm: Makes the normalisation of so many channels; ``None``: there is none.
+        biases: Rule 3's scalar biases before weight layers and activations.
+        multipliers: Rule 3's multiplier at the end of every branch.
+        vectors: Convolutions have a bias for each channel.
+        residual: It is defined for networks with residual branches alone.
+        batch: ``initialise`` takes a batch of images besides the network.
+    """
+
+    text: str
+    initialise: Callable[..., FixupReport]
+    norm: Callable[[int], nn.Module] | None = None
+    biases: bool = False
+    multipliers: bool = False
+    vectors: bool = False
+    residual: bool = False
+    batch: bool = False
+
+    def before_weights(self) -> nn.Module:
+        """What stands before a convolution or linear layer."""
+        return ScalarBias() if self.biases else nn.Identity()
+
+    def before_activation(self, channels: int) -> nn.Module:
+        """What stands before an activation of so many channels."""
+        return self.norm(channels) if self.norm else self.before_weights()
+
+    def end_of_branch(self) -> nn.Module:
+        """What stands behind the last convolution of a branch."""
+        return ScalarMultiplier() if self.multipliers else nn.Identity()
+
+    def after_projection(self, channels: int) -> nn.Module:
+        """What stands behind the convolution of a shortcut; Fixup has nothing there."""
+        return self.norm(channels) if self.norm else nn.Identity()
+
+
+_fixup = partial(Method, residual=True)
+
+METHODS: dict[str, Method] = {
+    "batchnorm": Method("batch normalisation, He", standard_init_, norm=nn.BatchNorm2d),
+    "groupnorm": Method("group normalisation, He", standard_init_, norm=group_norm),
+    "zeroinit": Method(
+        "batch normalisation, the last gain of every branch 0",
+        partial(standard_init_, zero_last_gains=True),
+        norm=nn.BatchNorm2d,
+        residual=True,
+    ),
+    "none": Method("no normalisation, He initialisation", standard_init_, vectors=True),
+    "xavier": Method(
+        "no normalisation, Xavier initialisation",
+        partial(standard_init_, convolution=XAVIER_NORMAL),
+        vectors=True,
+    ),
+    "lsuv": Method(
+        "no normalisation, layer-sequential unit variance", lsuv_init_, vectors=True, batch=True
+    ),
+    "fixup": _fixup("rules 1 to 3", fixup_init_, biases=True, multipliers=True),
+    "fixup_rule2": _fixup("rule 2 alone", partial(fixup_init_, zero=False)),
+    "fixup_no_bias": _fixup("without the scalar biases", fixup_init_, multipliers=True),
+    "fixup_no_multiplier": _fixup("without the multipliers", fixup_init_, biases=True),
+    "fixup_no_factor": _fixup(
+        "without the factor of rule 2",
+        partial(fixup_init_, rule=unit_scale),
+        biases=True,
+        multipliers=True,
+    ),
+}
+"""By name, as ``build_net(..., method=...)`` takes them."""
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+def initialise_(net: nn.Module, method: Method, batch: torch.Tensor | None = None) -> FixupReport:
+    """Write all weights of ``net`` as ``method`` has it.
+
+    Args:
+        net: Built with ``method``.
+        method: One of ``METHODS``.
+        batch: Images [B, C, H, W], for a method that looks at data.
+
+    Raises:
+        ValueError: The method looks at data and there is no batch.
+    """
+    if not method.batch:
+        return method.initialise(net)
+    if batch is None:
+        raise ValueError("this initialisation looks at data: give it a batch of images")
+    return method.initialise(net, batch)

@@ -1,0 +1,99 @@
+"""State dicts of other people's code, loaded into our networks.
+
+The authors' Fixup ResNets and torchvision's ResNets name the same weights like this (s the stage,
+b the block, i the convolution, all counted as they count them):
+
+==============================  ==========================  ===================================
+ours                            the authors' Fixup          torchvision
+==============================  ==========================  ===================================
+stem.conv.weight                conv1.weight                conv1.weight
+stem.norm.*                     bias1                       bn1.*
+stages.S.B.convs.I.weight       layer{s}.{b}.conv{i}.weight the same
+stages.S.B.shifts.I.weight      layer{s}.{b}.bias{i}a
+stages.S.B.norms.I.*            layer{s}.{b}.bias{i}b       layer{s}.{b}.bn{i}.*
+stages.S.B.multiplier.weight    layer{s}.{b}.scale
+stages.S.B.shortcut.conv.weight layer{s}.{b}.downsample.weight  layer{s}.{b}.downsample.0.weight
+stages.S.B.shortcut.norm.*                                  layer{s}.{b}.downsample.1.*
+head.shift.weight               bias2
+head.fc.*                       fc.*                        fc.*
+==============================  ==========================  ===================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+Names = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
+
+
+def _numbered(text: str) -> Callable[[re.Match[str]], str]:
+    """Stages and convolutions are counted from 1 there, from 0 here."""
+
+    def rename(match: re.Match[str]) -> str:
+        parts = match.groupdict()
+        parts["s"] = str(int(parts["s"]) - 1)
+        if "i" in parts:
+            parts["i"] = str(int(parts["i"]) - 1)
+        return text.format(**parts)
+
+    return rename
+
+
+BLOCK = r"layer(?P<s>\d+)\.(?P<b>\d+)\."
+NAMES: Names = (
+    (r"conv1\.(weight)", r"stem.conv.\1"),
+    (r"bias1", "stem.norm.weight"),
+    (r"bn1\.(.*)", r"stem.norm.\1"),
+    (r"bias2", "head.shift.weight"),
+    (r"fc\.(.*)", r"head.fc.\1"),
+    (BLOCK + r"conv(?P<i>\d)\.weight", _numbered("stages.{s}.{b}.convs.{i}.weight")),
+    (BLOCK + r"bias(?P<i>\d)a", _numbered("stages.{s}.{b}.shifts.{i}.weight")),
+    (BLOCK + r"bias(?P<i>\d)b", _numbered("stages.{s}.{b}.norms.{i}.weight")),
+    (BLOCK + r"bn(?P<i>\d)\.(?P<what>.*)", _numbered("stages.{s}.{b}.norms.{i}.{what}")),
+    (BLOCK + r"scale", _numbered("stages.{s}.{b}.multiplier.weight")),
+    (BLOCK + r"downsample\.(0\.)?weight", _numbered("stages.{s}.{b}.shortcut.conv.weight")),
+    (BLOCK + r"downsample\.1\.(?P<what>.*)", _numbered("stages.{s}.{b}.shortcut.norm.{what}")),
+)
+
+
+def load_reference_state_dict(net: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load a state dict of the authors' Fixup code, or of torchvision, into ``net``.
+
+    A ``module.`` in front of the names, as data-parallel training leaves it, is taken off.
+
+    Args:
+        net: Of the same kind and depth, built with method ``fixup`` or ``batchnorm``.
+        state_dict: The other code's.
+
+    Raises:
+        ValueError: A name that has no counterpart, a parameter of ``net`` that is not there, or
+            another shape.
+    """
+    renamed = {_rename(name): value for name, value in state_dict.items()}
+    own = net.state_dict()
+    for name, value in renamed.items():
+        if name in own and value.numel() == 1:
+            renamed[name] = value.reshape(own[name].shape)  # a scalar, [] or [1]
+    wrong = [f"{n} is missing" for n in own if n not in renamed]
+    wrong += [f"{n} is of no use here" for n in renamed if n not in own]
+    wrong += [
+        f"{n} is {tuple(renamed[n].shape)} there, {tuple(own[n].shape)} here"
+        for n in own
+        if n in renamed and renamed[n].shape != own[n].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"the state dict is of another network: {'; '.join(wrong[:3])}{more}")
+    net.load_state_dict(renamed)
+
+
+def _rename(name: str) -> str:
+    name = name.removeprefix("module.")
+    for pattern, ours in NAMES:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(ours) if isinstance(ours, str) else ours(match)
+    raise ValueError(f"the state dict has a name that no network here has: {name}")

@@ -1,0 +1,165 @@
+"""Residual and plain networks: one skeleton of stem, stages and head. Tensors are [B, C, H, W].
+
+Families: CIFAR ResNet-(6n+2) (He et al. 2015, section 4.2), Wide-ResNet-d-k (Zagoruyko and
+Komodakis 2016) and the ImageNet ResNets (He et al. 2015, table 1).
+
+Differs: the stride of a bottleneck lies on its 3x3 convolution, as in the authors' code and in
+torchvision, not on the first 1x1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fixup_core import WeightLayer
+from fixup_core.standards import TORCH_DEFAULT
+from vision.nets.blocks import ORDERS, SHORTCUTS, Block, Design
+from vision.nets.methods import ACTIVATIONS
+
+
+class Stem(nn.Module):
+    """The first convolution; ``imagenet`` has a 7x7 of stride 2 and a pooling.
+
+    In pre order the first block brings the norm and the activation.
+    """
+
+    def __init__(self, design: Design, inputs: int, outputs: int, imagenet: bool) -> None:
+        super().__init__()
+        kernel, stride = (7, 2) if imagenet else (3, 1)
+        self.conv = design.convolution(inputs, outputs, kernel, stride)
+        post = design.order == "post"
+        self.norm = design.method.before_activation(outputs) if post else nn.Identity()
+        self.activation = ACTIVATIONS[design.activation]() if post else nn.Identity()
+        self.pool = nn.MaxPool2d(3, 2, 1) if imagenet else nn.Identity()
+
+    def standard_layers(self) -> Iterator[WeightLayer]:
+        """Fixup leaves the stem as PyTorch draws it, as the authors' code does."""
+        yield WeightLayer(self.conv, TORCH_DEFAULT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.activation(self.norm(self.conv(x))))
+
+
+class Head(nn.Module):
+    """Average over the image, then the classifier."""
+
+    def __init__(self, design: Design, inputs: int, num_classes: int) -> None:
+        super().__init__()
+        pre = design.order == "pre"
+        self.norm = design.method.before_activation(inputs) if pre else nn.Identity()
+        self.activation = ACTIVATIONS[design.activation]() if pre else nn.Identity()
+        self.shift = design.method.before_weights()
+        self.fc = nn.Linear(inputs, num_classes)
+
+    def classifier_layers(self) -> Iterator[nn.Module]:
+        yield self.fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.norm(x))
+        return self.fc(self.shift(x.mean(dim=(2, 3))))
+
+
+class ResNet(nn.Module):
+    """A stack of stages, each halving the image but the first.
+
+    Args:
+        design: What all blocks share.
+        counts: Blocks of each stage.
+        widths: Channels of each stage's 3x3 convolutions.
+        num_classes: Of the classifier.
+        in_channels: Of the images.
+        stem_width: Channels of the stem.
+        imagenet: A stem for large images.
+        checkpointing: Keep the activations of about the square root of the blocks and compute the
+            others again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        design: Design,
+        *,
+        counts: Sequence[int],
+        widths: Sequence[int],
+        num_classes: int,
+        in_channels: int = 3,
+        stem_width: int | None = None,
+        imagenet: bool = False,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        _check(design)
+        self.design, self.checkpointing = design, checkpointing
+        channels = stem_width or widths[0]
+        self.stem = Stem(design, in_channels, channels, imagenet)
+        self.stages = nn.ModuleList()
+        for number, (count, width) in enumerate(zip(counts, widths, strict=True)):
+            blocks = nn.Sequential()
+            for i in range(count):
+                stride = 2 if i == 0 and number > 0 else 1
+                blocks.append(Block(design, channels, width, stride))
+                channels = width * design.expansion
+            self.stages.append(blocks)
+        self.head = Head(design, channels, num_classes)
+
+    def blocks(self) -> list[Block]:
+        """All blocks, in the order of the forward pass."""
+        return list(chain.from_iterable(self.stages))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.checkpointing and torch.is_grad_enabled():
+            x = self._checkpointed(x)
+        else:
+            for stage in self.stages:
+                x = stage(x)
+        return self.head(x)
+
+    def _checkpointed(self, x: Tensor) -> Tensor:
+        blocks = self.blocks()
+        size = math.isqrt(len(blocks))
+        for start in range(0, len(blocks), size):
+            segment = nn.Sequential(*blocks[start : start + size])
+            contexts = partial(_once_and_again, segment)
+            x = checkpoint(segment, x, use_reentrant=False, context_fn=contexts)
+        return x
+
+
+def _once_and_again(segment: nn.Module) -> tuple[Any, Any]:
+    """Contexts of a segment's forward pass and of its repetition, which leaves the running
+    statistics of batch normalisation alone: they have seen the batch.
+    """
+    return contextlib.nullcontext(), _without_tracking(segment)
+
+
+@contextlib.contextmanager
+def _without_tracking(segment: nn.Module) -> Iterator[None]:
+    norms = [m for m in segment.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def _check(design: Design) -> None:
+    _choose("shortcut", design.shortcut, SHORTCUTS)
+    _choose("order", design.order, ORDERS)
+    _choose("activation", design.activation, ACTIVATIONS)
+    if design.method.residual and design.shortcut == "none":
+        raise ValueError("this method is made of residual branches: a plain network has none")
+
+
+def _choose(option: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{option} is {value!r}; choose one of {', '.join(choices)}")
