@@ -1,0 +1,62 @@
+"""What a run leaves behind besides its weights: pictures and predictions."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from vision.data.batches import Batch
+
+
+class AugmentedImages(Callback):
+    """Writes the first training batch as the network sees it: ``augmented.png``, and TensorBoard.
+
+    Args:
+        count: So many images of it.
+    """
+
+    def __init__(self, count: int = 64) -> None:
+        self.count = count
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        if trainer.global_step > 0 or not trainer.is_global_zero:
+            return
+        images = batch.images[: self.count].float().cpu()
+        grid = make_grid(images, nrow=8, normalize=True, padding=1)
+        save_image(grid, Path(trainer.default_root_dir) / "augmented.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("augmented", grid, 0)
+
+
+class PredictionTable(BasePredictionWriter):
+    """Writes ``predictions.csv``: number, most likely class and its probability, for each image."""
+
+    def __init__(self) -> None:
+        super().__init__("epoch")
+
+    def write_on_epoch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        predictions: list[Tensor],
+        batch_indices: list[Any],
+    ) -> None:
+        best = torch.cat([batch.cpu() for batch in predictions]).max(dim=1)
+        file = Path(trainer.default_root_dir) / "predictions.csv"
+        with file.open("w", newline="") as table:
+            writer = csv.writer(table)
+            writer.writerow(("image", "class", "probability"))
+            for number, (value, label) in enumerate(zip(*best, strict=True)):
+                writer.writerow((number, label.item(), f"{value.item():.6f}"))
+        print(f"predictions of {len(best.values)} images: {file}")

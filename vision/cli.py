@@ -1,0 +1,91 @@
+"""``python -m vision fit|validate|test|predict``: LightningCLI with this project's defaults.
+
+A run leaves one folder (``--trainer.default_root_dir``, by default named after data, network,
+method and seed in ``runs/vision``): ``config.yaml``, ``metrics/``, ``tensorboard/``,
+``checkpoints/best.ckpt`` and ``last.ckpt``, ``augmented.png``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from vision.callbacks import AugmentedImages, PredictionTable
+from vision.data import VisionData
+from vision.lit_classifier import LitClassifier
+
+RUNS = Path("runs/vision")
+
+
+class VisionCLI(LightningCLI):
+    """Adds the run's folder and what is kept in it to every subcommand."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            LitClassifier,
+            VisionData,
+            subclass_mode_data=True,
+            seed_everything_default=1,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"use_distributed_sampler": False, "deterministic": True},
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One option of our own."""
+        parser.add_argument(
+            "--checkpoint_every",
+            type=int,
+            default=0,
+            help="also save last.ckpt after every so many steps (0: after every epoch alone)",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Name the run's folder; without it, loggers and checkpoints would number their own."""
+        trainer = self._options().trainer
+        if trainer.default_root_dir is None:
+            trainer.default_root_dir = str(RUNS / self._name())
+
+    def instantiate_trainer(self, **options: Any) -> Any:
+        """The trainer, with the loggers and callbacks that every run has."""
+        chosen = self._options()
+        root = Path(chosen.trainer.default_root_dir)
+        if chosen.trainer.logger in (None, True):
+            options["logger"] = [
+                TensorBoardLogger(root, name="", version="tensorboard"),
+                CSVLogger(root, name="metrics"),
+            ]
+        trainer = super().instantiate_trainer(**options)
+        trainer.callbacks += _callbacks(root / "checkpoints", chosen.get("checkpoint_every", 0))
+        return trainer
+
+    def _options(self) -> Any:
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    def _name(self) -> str:
+        options = self._options()
+        data = options.data.class_path.rsplit(".", 1)[-1].lower()
+        model = options.model
+        return f"{data}-{model.net}-{model.method}-seed{options.seed_everything}"
+
+
+def _callbacks(folder: Path, every: int) -> list[Any]:
+    best = ModelCheckpoint(
+        folder,
+        "best",
+        monitor="val/accuracy",
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+    callbacks = [best, LearningRateMonitor("epoch"), AugmentedImages(), PredictionTable()]
+    if every:
+        recent = ModelCheckpoint(
+            folder, "recent", every_n_train_steps=every, enable_version_counter=False
+        )
+        callbacks.append(recent)
+    return callbacks

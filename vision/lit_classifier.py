@@ -1,0 +1,200 @@
+"""The LightningModule: a network, its loss, its optimiser and its metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from fixup_core import SCALAR_LR_RATIO, param_groups
+from vision.data.batches import Batch
+from vision.mixing import blend
+from vision.nets import METHODS, build_net, initialise_
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer finite; the run has been stopped before the weights were touched."""
+
+
+class LitClassifier(L.LightningModule):
+    """Image classification by SGD with momentum, as the paper trains its ResNets.
+
+    Args:
+        net: Name of the network, as ``vision.nets.build_net`` takes it.
+        method: batchnorm, groupnorm, zeroinit, none, xavier, lsuv, fixup or an ablation of it.
+        num_classes: Must be the data's.
+        options: More options of the network: shortcut, order, activation, in_channels, ...
+        lr: Learning rate at its peak.
+        momentum: Of SGD.
+        nesterov: Nesterov's momentum.
+        weight_decay: Of the weights.
+        scalar_lr_ratio: The scalars learn so many times as fast as the weights.
+        scalar_weight_decay: Of the scalars; none: as of the weights.
+        schedule: ``step``: a tenth at every milestone. ``cosine``: to 0. ``constant``.
+        milestones: Epochs at which the rate falls to a tenth.
+        warmup_epochs: Over which the rate rises from 0.
+        label_smoothing: In 0..1.
+        mixup: Alpha of mixup; 0: none. The paper: 0.2 BatchNorm, 0.1 GroupNorm, 0.7 Fixup.
+        cutmix: Alpha of cutmix; 0: none.
+        channels_last: Memory layout of the images; faster where convolutions run in bfloat16.
+    """
+
+    def __init__(
+        self,
+        net: str = "cifar_resnet20",
+        method: str = "fixup",
+        num_classes: int = 10,
+        options: dict[str, Any] | None = None,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 1e-4,
+        scalar_lr_ratio: float = SCALAR_LR_RATIO,
+        scalar_weight_decay: float | None = None,
+        schedule: Literal["step", "cosine", "constant"] = "step",
+        milestones: Sequence[float] = (100, 150),
+        warmup_epochs: float = 0.0,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = build_net(net, method=method, num_classes=num_classes, **(options or {}))
+        if channels_last:
+            self.net = self.net.to(memory_format=torch.channels_last)
+        self.train_metrics = MetricCollection(
+            {"loss": MeanMetric(), "accuracy": MulticlassAccuracy(num_classes, average="micro")},
+            prefix="train/",
+        )
+        self.val_metrics = _metrics(num_classes, "val/")
+        self.test_metrics = _metrics(num_classes, "test/")
+
+    def setup(self, stage: str) -> None:
+        """Hold the data's number of classes against the network's.
+
+        Raises:
+            ValueError: They differ.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        found = getattr(data, "num_classes", self.hparams.num_classes)
+        if found != self.hparams.num_classes:
+            raise ValueError(
+                f"the data have {found} classes, --model.num_classes is "
+                f"{self.hparams.num_classes}: make them equal"
+            )
+
+    def on_fit_start(self) -> None:
+        """An initialisation that looks at data is done on the first batch of a new run."""
+        method = METHODS[self.hparams.method]
+        if not method.batch or self.trainer.ckpt_path:
+            return
+        batch = next(iter(self.trainer.datamodule.train_dataloader()))
+        images = self.trainer.datamodule.pixels.normalise(batch.images).to(self.device)
+        self.net.report = initialise_(self.net, method, images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of images [B, C, H, W]."""
+        if self.hparams.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.net(images)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        mixed = blend(batch, mixup=self.hparams.mixup, cutmix=self.hparams.cutmix)
+        logits = self(mixed.images).float()
+        loss = mixed.loss(logits, self.hparams.label_smoothing)
+        if not torch.isfinite(loss):
+            raise DivergedError(
+                f"training diverged at step {self.global_step}: the loss is {loss.item()}. Lower "
+                "--model.lr, raise --model.warmup_epochs or set --trainer.gradient_clip_val; the "
+                "checkpoints written so far are good"
+            )
+        # With mixup the accuracy counts the label of the larger share.
+        target = mixed.labels if mixed.share >= 0.5 else mixed.others
+        self.train_metrics["loss"].update(loss.detach(), weight=len(logits))
+        self.train_metrics["accuracy"].update(logits.detach(), target)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log_dict(self.train_metrics.compute(), sync_dist=False)
+        self.train_metrics.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.val_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.val_metrics.compute(), prog_bar=True)
+        self.val_metrics.reset()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.test_metrics.compute())
+        self.test_metrics.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Probabilities [B, classes]."""
+        return self(batch.images).float().softmax(dim=1)
+
+    def _evaluate(self, batch: Batch, metrics: MetricCollection) -> None:
+        logits = self(batch.images).float()
+        for name, metric in metrics.items(keep_base=True):
+            if name == "loss":
+                metric.update(F.cross_entropy(logits, batch.labels), weight=len(logits))
+            else:
+                metric.update(logits, batch.labels)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """SGD with the scalars in a group of their own, its rate set before every step."""
+        options = self.hparams
+        groups = param_groups(
+            self.net,
+            lr=options.lr,
+            scalar_lr_ratio=options.scalar_lr_ratio,
+            weight_decay=options.weight_decay,
+            scalar_weight_decay=options.scalar_weight_decay,
+        )
+        optimizer = torch.optim.SGD(
+            [group for group in groups if group["params"]],
+            momentum=options.momentum,
+            nesterov=options.nesterov,
+        )
+        scheduler = LambdaLR(optimizer, self.rate)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
+        }
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step over the peak rate, in 0..1."""
+        steps = self.trainer.estimated_stepping_batches
+        epoch = step * (self.trainer.max_epochs or 1) / steps
+        options = self.hparams
+        warm = min(1.0, (epoch / options.warmup_epochs)) if options.warmup_epochs else 1.0
+        if options.schedule == "step":
+            return warm * 0.1 ** sum(epoch >= milestone for milestone in options.milestones)
+        if options.schedule == "cosine":
+            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+        return warm
+
+
+def _metrics(num_classes: int, prefix: str) -> MetricCollection:
+    metrics = {
+        "loss": MeanMetric(),
+        "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+        "calibration_error": MulticlassCalibrationError(num_classes),
+    }
+    if num_classes > 5:
+        metrics["accuracy_top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
+    return MetricCollection(metrics, prefix=prefix, compute_groups=False)
