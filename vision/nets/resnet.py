@@ -143,13 +143,15 @@ def _once_and_again(segment: nn.Module) -> tuple[Any, Any]:
 @contextlib.contextmanager
 def _without_tracking(segment: nn.Module) -> Iterator[None]:
     norms = [m for m in segment.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 def _check(design: Design) -> None:
