@@ -74,18 +74,12 @@ class VisionCLI(LightningCLI):
 
 
 def _callbacks(folder: Path, every: int) -> list[Any]:
+    def last(**when: int) -> ModelCheckpoint:
+        return ModelCheckpoint(folder, "last", enable_version_counter=False, **when)
+
     best = ModelCheckpoint(
-        folder,
-        "best",
-        monitor="val/accuracy",
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,
+        folder, "best", monitor="val/accuracy", mode="max", enable_version_counter=False
     )
-    callbacks = [best, LearningRateMonitor("epoch"), AugmentedImages(), PredictionTable()]
-    if every:
-        recent = ModelCheckpoint(
-            folder, "recent", every_n_train_steps=every, enable_version_counter=False
-        )
-        callbacks.append(recent)
-    return callbacks
+    during = [last(every_n_train_steps=every)] if every else []
+    pictures = [LearningRateMonitor("epoch"), AugmentedImages(), PredictionTable()]
+    return [*pictures, best, last(every_n_epochs=1), *during]

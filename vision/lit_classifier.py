@@ -178,15 +178,22 @@ class LitClassifier(L.LightningModule):
 
     def rate(self, step: int) -> float:
         """The learning rate of a step over the peak rate, in 0..1."""
-        steps = self.trainer.estimated_stepping_batches
-        epoch = step * (self.trainer.max_epochs or 1) / steps
-        options = self.hparams
+        options, epoch = self.hparams, step / self._steps_per_epoch()
+        share = epoch / (self.trainer.max_epochs or 1)
         warm = min(1.0, (epoch / options.warmup_epochs)) if options.warmup_epochs else 1.0
         if options.schedule == "step":
             return warm * 0.1 ** sum(epoch >= milestone for milestone in options.milestones)
         if options.schedule == "cosine":
-            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
         return warm
+
+
+    def _steps_per_epoch(self) -> int:
+        """Not Lightning's estimate of all steps, which makes the loader too early to be resumed."""
+        trainer = self.trainer
+        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:
