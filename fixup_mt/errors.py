@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import difflib
 import pickle
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import TracebackType
 
-from torch.multiprocessing import ProcessRaisedException
+from fixup_core.errors import Advice, UserError, explain
+
+__all__ = ["KNOWN", "UserError", "check_architecture", "install_hook"]
 
 
-class UserError(ValueError):
-    """A mistake the user can mend; its text is one line that says what to do.
-
-    Commands print the text alone, without a traceback, and exit with status 1.
-    """
-
-
-Kinds = type[BaseException] | tuple[type[BaseException], ...]
-KNOWN: tuple[tuple[Kinds, str, str], ...] = (
+KNOWN: tuple[Advice, ...] = (
     (
         FloatingPointError,
         "",
@@ -78,27 +70,7 @@ KNOWN: tuple[tuple[Kinds, str, str], ...] = (
         "positions: prepare the data again, or raise --max-source-positions",
     ),
 )
-"""Type, pattern in the text, and what the user is told, for errors that fairseq lets through."""
-
-RAISED = re.compile(r"^(?:\w+\.)*(\w+): (.*(?:\n[ \t].*)*)", re.MULTILINE)
-"""An error at the end of a printed traceback: its class and its text."""
-
-
-def explain(error: BaseException) -> str | None:
-    """One line for an error a user can cause, ``None`` for any other.
-
-    The errors it was raised from are looked at too: fairseq hides the reason behind its own.
-    """
-    told = list(_told(error))
-    for one in told:
-        if UserError.__name__ in one.kinds:
-            return _one_line(one.text)
-    # The first cause says most.
-    for one in reversed(told):
-        for kind, pattern, advice in KNOWN:
-            if one.is_a(kind) and re.search(pattern, one.text):
-                return _one_line(advice.format(error=_one_line(one.text), filename=one.subject))
-    return None
+"""What to say of errors that fairseq lets through."""
 
 
 def check_architecture(argv: Sequence[str], known: Sequence[str]) -> None:
@@ -119,43 +91,10 @@ def install_hook() -> None:
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        line = explain(error)
+        line = explain(error, KNOWN)
         if line is None:
             before(kind, error, traceback)
         else:
             print(f"error: {line}", file=sys.stderr)
 
     sys.excepthook = hook
-
-
-@dataclass(frozen=True)
-class _Told:
-    """An error as it can be matched: the names of its classes, its text, and what it is about."""
-
-    kinds: frozenset[str]
-    text: str
-    subject: str
-
-    def is_a(self, kind: Kinds) -> bool:
-        classes = kind if isinstance(kind, tuple) else (kind,)
-        return any(one.__name__ in self.kinds for one in classes)
-
-
-def _told(error: BaseException | None) -> Iterator[_Told]:
-    """The error, then what it was raised from; last the errors of a spawned rank, which hands its
-    traceback over as a text.
-    """
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        text, kinds = str(error), frozenset(kind.__name__ for kind in type(error).__mro__)
-        yield _Told(kinds, text, str(getattr(error, "filename", None) or text))
-        if isinstance(error, ProcessRaisedException):
-            for kind, raised in reversed(RAISED.findall(text)):
-                yield _Told(frozenset({kind}), raised, raised)
-        hidden = error.__suppress_context__
-        error = error.__cause__ or (None if hidden else error.__context__)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:500]

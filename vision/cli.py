@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from vision.callbacks import AugmentedImages, PredictionTable
 from vision.data import VisionData
+from vision.errors import Parser
 from vision.lit_classifier import LitClassifier
 
 RUNS = Path("runs/vision")
@@ -29,6 +30,7 @@ class VisionCLI(LightningCLI):
             LitClassifier,
             VisionData,
             subclass_mode_data=True,
+            parser_class=Parser,
             seed_everything_default=1,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"use_distributed_sampler": False, "deterministic": True},

@@ -15,12 +15,13 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from fixup_core import SCALAR_LR_RATIO, param_groups
+from fixup_core.errors import UserError
 from vision.data.batches import Batch
 from vision.mixing import blend
 from vision.nets import METHODS, build_net, initialise_
 
 
-class DivergedError(RuntimeError):
+class DivergedError(UserError):
     """The loss is no longer finite; the run has been stopped before the weights were touched."""
 
 
@@ -83,12 +84,12 @@ class LitClassifier(L.LightningModule):
         """Hold the data's number of classes against the network's.
 
         Raises:
-            ValueError: They differ.
+            UserError: They differ.
         """
         data = getattr(self.trainer, "datamodule", None)
         found = getattr(data, "num_classes", self.hparams.num_classes)
         if found != self.hparams.num_classes:
-            raise ValueError(
+            raise UserError(
                 f"the data have {found} classes, --model.num_classes is "
                 f"{self.hparams.num_classes}: make them equal"
             )
@@ -186,7 +187,6 @@ class LitClassifier(L.LightningModule):
         if options.schedule == "cosine":
             return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
         return warm
-
 
     def _steps_per_epoch(self) -> int:
         """Not Lightning's estimate of all steps, which makes the loader too early to be resumed."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fixup_core.errors import UserError
 from vision.data.batches import Batch, mix
 
 
@@ -50,10 +51,10 @@ def blend(batch: Batch, *, mixup: float, cutmix: float) -> Mixed:
         cutmix: Alpha of cutmix; 0: none.
 
     Raises:
-        ValueError: A negative alpha.
+        UserError: A negative alpha.
     """
     if mixup < 0 or cutmix < 0:
-        raise ValueError("mixup and cutmix are the alpha of a Beta distribution: 0 or above")
+        raise UserError("mixup and cutmix are the alpha of a Beta distribution: 0 or above")
     images, labels = batch.images, batch.labels
     if mixup == 0 and cutmix == 0:
         return Mixed(images, labels, labels, 1.0)

@@ -10,8 +10,13 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
-from fixup_mt.errors import KNOWN, UserError, check_architecture, explain
+from fixup_core import errors
+from fixup_mt.errors import KNOWN, UserError, check_architecture
 from tests.conftest import ENVIRONMENT, ROOT
+
+
+def explain(error: BaseException) -> str | None:
+    return errors.explain(error, KNOWN)
 
 
 def _raised(inner: BaseException, outer: BaseException) -> BaseException:

@@ -14,6 +14,8 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from fixup_core.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -64,7 +66,7 @@ class BatchOrder(Sampler[list[int]]):
             one image more; ``drop_last`` avoids that.
 
     Raises:
-        ValueError: A batch size below the number of processes, or no image.
+        UserError: A batch size below the number of processes, or no image.
     """
 
     def __init__(
@@ -79,11 +81,11 @@ class BatchOrder(Sampler[list[int]]):
         world_size: int = 1,
     ) -> None:
         if size < 1:
-            raise ValueError("there are no images")
+            raise UserError("there are no images")
         if batch_size < world_size:
-            raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} processes")
+            raise UserError(f"a batch of {batch_size} cannot be shared by {world_size} processes")
         if drop_last and size < batch_size:
-            raise ValueError(f"{size} images do not fill one batch of {batch_size}")
+            raise UserError(f"{size} images do not fill one batch of {batch_size}")
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
         self.drop_last, self.rank, self.world_size = drop_last, rank, world_size
         self.epoch = 0

@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from fixup_core.errors import UserError
 from vision.data import sources
 from vision.data.augment import Pixels
 from vision.data.batches import Batch, BatchOrder, Loader, TensorSource, workers_source
@@ -62,10 +63,10 @@ class VisionData(L.LightningDataModule):
         """Indices of the training and validation images.
 
         Raises:
-            ValueError: ``val_size`` leaves no image to train on.
+            UserError: ``val_size`` leaves no image to train on.
         """
         if not 0 < self.val_size < size:
-            raise ValueError(
+            raise UserError(
                 f"--data.val_size is {self.val_size}; take a number from 1 to {size - 1}, the "
                 "images that are cut out of the training set for validation"
             )
@@ -221,7 +222,7 @@ class CIFAR10(TensorData):
         try:
             return sources.cifar(self.kind, self.root, train, self.download)
         except RuntimeError as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.root} holds neither torchvision's files nor train/<class>/ folders: "
                 "check --data.root, or let it be fetched with --data.download true"
             ) from error
@@ -330,14 +331,14 @@ class ImageFolderData(VisionData):
         if self.root.is_dir():
             return self.root
         if not self.root.exists():
-            raise ValueError(f"--data.root {self.root} does not exist")
+            raise UserError(f"--data.root {self.root} does not exist")
         return sources.unpacked(self.root, self.cache)
 
     def _folder(self, folder: Path, transform: Any) -> ImageFolder:
         try:
             return ImageFolder(str(folder), transform, loader=self._read)
         except FileNotFoundError as error:
-            raise ValueError(f"{folder} is no tree of <class>/<image>: {error}") from error
+            raise UserError(f"{folder} is no tree of <class>/<image>: {error}") from error
 
     def _read(self, path: str) -> Any:
         return sources.read_image(path, Path(path).read_bytes())

@@ -22,6 +22,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision import datasets
 
+from fixup_core.errors import UserError
+
 IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"})
 TEST_SHARE = 0.25
 """Of the built-in digits, drawn once with a fixed seed."""
@@ -89,7 +91,7 @@ def packed(source: Path, split: str, cache: Path, *, skip_corrupt: bool = False)
         skip_corrupt: Leave out files that are not images, instead of raising.
 
     Raises:
-        ValueError: No such split, a class without images, images of different sizes, or a file
+        UserError: No such split, a class without images, images of different sizes, or a file
             that is not an image (all named).
     """
     file = cache / f"{_key(source, split, skip_corrupt)}.pt"
@@ -103,7 +105,7 @@ def packed(source: Path, split: str, cache: Path, *, skip_corrupt: bool = False)
     return Images(images, labels, tuple(classes))
 
 
-class CorruptImageError(ValueError):
+class CorruptImageError(UserError):
     """A file that is not an image, or the half of one."""
 
 
@@ -127,7 +129,7 @@ def unpacked(archive: Path, cache: Path) -> Path:
     """The folder of an archive's content, unpacked once.
 
     Raises:
-        ValueError: Not a tar archive, or a damaged one.
+        UserError: Not a tar archive, or a damaged one.
     """
     folder = cache / _key(archive, "tree")
     if folder.exists():
@@ -154,7 +156,7 @@ def _open(archive: Path) -> Iterator[tarfile.TarFile]:
         with tarfile.open(archive) as tar:
             yield tar
     except (tarfile.ReadError, EOFError, lzma.LZMAError) as error:
-        raise ValueError(f"{archive} is not a tar archive, or is damaged: {error}") from error
+        raise UserError(f"{archive} is not a tar archive, or is damaged: {error}") from error
 
 
 def _decode(source: Path, split: str, skip_corrupt: bool) -> tuple[Tensor, Tensor, list[str]]:
@@ -173,12 +175,12 @@ def _decode(source: Path, split: str, skip_corrupt: bool) -> tuple[Tensor, Tenso
         members.append(pixels)
         shapes.setdefault(pixels.shape, name)
     if not found:
-        raise ValueError(f"{source} has no images in {split}/<class>/")
+        raise UserError(f"{source} has no images in {split}/<class>/")
     empty = [label for label, members in found.items() if not members]
     if empty:
-        raise ValueError(f"no images of the class {empty[0]} in {source}, {split}")
+        raise UserError(f"no images of the class {empty[0]} in {source}, {split}")
     if len(shapes) > 1:
-        raise ValueError(
+        raise UserError(
             f"the images differ in size ({', '.join(list(shapes.values())[:2])}): "
             "use the data module ImageFolderData, which resizes"
         )

@@ -6,6 +6,7 @@ pre-activation. What differs comes in as a ``Method`` and a ``Design``.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fixup_core import ResidualBranch, WeightLayer
+from fixup_core.errors import UserError
 from vision.nets.methods import ACTIVATIONS, Method
 
 ORDERS = ("post", "pre")
@@ -82,7 +84,7 @@ def make_shortcut(design: Design, inputs: int, outputs: int, stride: int) -> nn.
     """The shortcut of a block; ``None`` passes the block's own input on, without its bias.
 
     Raises:
-        ValueError: Shortcut A where the branch has fewer channels than its input.
+        UserError: Shortcut A where the branch has fewer channels than its input.
     """
     changes = stride != 1 or inputs != outputs
     if design.shortcut == "C" or (design.shortcut == "B" and changes):
@@ -90,7 +92,7 @@ def make_shortcut(design: Design, inputs: int, outputs: int, stride: int) -> nn.
     if not changes or design.shortcut == "none":
         return None
     if outputs < inputs:
-        raise ValueError(f"shortcut A cannot go from {inputs} to {outputs} channels")
+        raise UserError(f"shortcut A cannot go from {inputs} to {outputs} channels")
     return Subsample(inputs, outputs, stride)
 
 
@@ -112,6 +114,8 @@ class Block(nn.Module):
         super().__init__()
         method, shapes = design.method, design.shapes(inputs, width, stride)
         self.post, self.plain = design.order == "post", design.shortcut == "none"
+        self.changes_shape = stride != 1 or inputs != shapes[-1][1]
+        self.skips_branch = False
         self.normalised = method.norm is not None
         self.convs = nn.ModuleList(design.convolution(*shape) for shape in shapes)
         self.shifts = nn.ModuleList(method.before_weights() for _ in shapes)
@@ -133,9 +137,24 @@ class Block(nn.Module):
             yield self.norms[-1]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.skips_branch:
+            return self.skip(x, self._into(0, x))
         shifted, out = self.branch(x)
         out = out if self.plain else out + self.skip(x, shifted)
         return self.activation(out) if self.post else out
+
+    def left_out_is_defined(self) -> bool:
+        """Whether something of the right shape goes round the branch."""
+        return not self.plain or not self.changes_shape
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Within this context the block passes its shortcut, or its input, on."""
+        self.skips_branch = True
+        try:
+            yield
+        finally:
+            self.skips_branch = False
 
     def branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input of the first convolution, and what the branch adds to the shortcut."""

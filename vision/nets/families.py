@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fixup_core.errors import UserError
 from vision.nets.blocks import Design
 from vision.nets.highway import HighwayConvNet, HighwayMLP
 from vision.nets.methods import METHODS, Method, initialise_
@@ -56,7 +57,7 @@ def _imagenet_resnet(depth: int, *, method: Method, **options: Any) -> nn.Module
     """ResNet-18/34 of basic blocks, 50/101/152 of bottlenecks, shortcut B."""
     if depth not in IMAGENET_COUNTS:
         known = ", ".join(map(str, IMAGENET_COUNTS))
-        raise ValueError(f"there is no imagenet_resnet{depth}; the depths are {known}")
+        raise UserError(f"there is no imagenet_resnet{depth}; the depths are {known}")
     bottleneck, counts = IMAGENET_COUNTS[depth]
     design = _design(method, options, shortcut="B", bottleneck=bottleneck)
     return ResNet(design, counts=counts, widths=(64, 128, 256, 512), imagenet=True, **options)
@@ -74,12 +75,12 @@ def _highway_conv(depth: int, *, method: Method, **options: Any) -> nn.Module:
 
 def _gated(kind: Any, depth: int, method: Method, options: dict[str, Any]) -> nn.Module:
     if method.residual or method.norm:
-        raise ValueError(
+        raise UserError(
             "a highway network has gates in place of norms and residual branches: "
             "take method none, xavier or lsuv"
         )
     if depth < 2:
-        raise ValueError(f"a highway network has at least 2 layers, got {depth}")
+        raise UserError(f"a highway network has at least 2 layers, got {depth}")
     return kind(depth=depth, **options)
 
 
@@ -87,7 +88,7 @@ def _blocks_per_stage(depth: int, outside: int) -> int:
     count, rest = divmod(depth - outside, 6)
     if rest or count < 1:
         below = 6 * max(count, 1) + outside
-        raise ValueError(f"a depth of {depth} is not 6n+{outside}: take {below} or {below + 6}")
+        raise UserError(f"a depth of {depth} is not 6n+{outside}: take {below} or {below + 6}")
     return count
 
 
@@ -141,17 +142,17 @@ def build_net(
         The network; ``report`` on it says how every weight was drawn.
 
     Raises:
-        ValueError: An unknown name, method or option, an impossible depth, or a method the network
+        UserError: An unknown name, method or option, an impossible depth, or a method the network
             cannot take.
     """
     family, numbers = _parse(name)
     if method not in METHODS:
-        raise ValueError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
+        raise UserError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
     chosen = METHODS[method]
     try:
         net = family.build(*numbers, method=chosen, num_classes=num_classes, **options)
     except TypeError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
     if chosen.batch and batch is None:
         channels, size = family.image
         size = options.get("image_size", size)
@@ -167,4 +168,4 @@ def _parse(name: str) -> tuple[Family, list[int]]:
             return family, [int(number) for number in match.groups()]
     examples = [family.example for family in FAMILIES]
     near = difflib.get_close_matches(name, examples, n=1, cutoff=0) or examples
-    raise ValueError(f"there is no network {name!r}; the nearest family: {near[0]}")
+    raise UserError(f"there is no network {name!r}; the nearest family: {near[0]}")

@@ -22,6 +22,7 @@ from fixup_core import (
     lsuv_init_,
     standard_init_,
 )
+from fixup_core.errors import UserError
 from fixup_core.scaling import unit_scale
 from fixup_core.standards import XAVIER_NORMAL
 
@@ -124,10 +125,10 @@ def initialise_(net: nn.Module, method: Method, batch: torch.Tensor | None = Non
         batch: Images [B, C, H, W], for a method that looks at data.
 
     Raises:
-        ValueError: The method looks at data and there is no batch.
+        UserError: The method looks at data and there is no batch.
     """
     if not method.batch:
         return method.initialise(net)
     if batch is None:
-        raise ValueError("this initialisation looks at data: give it a batch of images")
+        raise UserError("this initialisation looks at data: give it a batch of images")
     return method.initialise(net, batch)

@@ -26,6 +26,8 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from fixup_core.errors import UserError
+
 Names = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 
@@ -69,7 +71,7 @@ def load_reference_state_dict(net: nn.Module, state_dict: Mapping[str, Tensor]) 
         state_dict: The other code's.
 
     Raises:
-        ValueError: A name that has no counterpart, a parameter of ``net`` that is not there, or
+        UserError: A name that has no counterpart, a parameter of ``net`` that is not there, or
             another shape.
     """
     renamed = {_rename(name): value for name, value in state_dict.items()}
@@ -86,7 +88,7 @@ def load_reference_state_dict(net: nn.Module, state_dict: Mapping[str, Tensor]) 
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"the state dict is of another network: {'; '.join(wrong[:3])}{more}")
+        raise UserError(f"the state dict is of another network: {'; '.join(wrong[:3])}{more}")
     net.load_state_dict(renamed)
 
 
@@ -96,4 +98,4 @@ def _rename(name: str) -> str:
         match = re.fullmatch(pattern, name)
         if match:
             return match.expand(ours) if isinstance(ours, str) else ours(match)
-    raise ValueError(f"the state dict has a name that no network here has: {name}")
+    raise UserError(f"the state dict has a name that no network here has: {name}")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fixup_core import WeightLayer
+from fixup_core.errors import UserError
 from fixup_core.standards import TORCH_DEFAULT
 from vision.nets.blocks import ORDERS, SHORTCUTS, Block, Design
 from vision.nets.methods import ACTIVATIONS
@@ -159,9 +160,9 @@ def _check(design: Design) -> None:
     _choose("order", design.order, ORDERS)
     _choose("activation", design.activation, ACTIVATIONS)
     if design.method.residual and design.shortcut == "none":
-        raise ValueError("this method is made of residual branches: a plain network has none")
+        raise UserError("this method is made of residual branches: a plain network has none")
 
 
 def _choose(option: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
-        raise ValueError(f"{option} is {value!r}; choose one of {', '.join(choices)}")
+        raise UserError(f"{option} is {value!r}; choose one of {', '.join(choices)}")

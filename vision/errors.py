@@ -1,0 +1,84 @@
+"""Mistakes on the command line, told in one line."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import pickle
+import re
+import sys
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from fixup_core.errors import Advice, one_line
+from vision.data import VisionData
+
+KNOWN: tuple[Advice, ...] = (
+    (
+        RuntimeError,
+        r"Error\(s\) in loading state_dict",
+        "the checkpoint is of another network: give the --model options it was trained with",
+    ),
+    (
+        (RuntimeError, EOFError),
+        "PytorchStreamReader|central directory|Ran out of input",
+        "the checkpoint is truncated, or none: take another file of the same folder",
+    ),
+    (
+        pickle.UnpicklingError,
+        "",
+        "not a checkpoint that can be loaded safely: it is damaged, or holds objects of other "
+        "classes than this project's checkpoints do",
+    ),
+    (FileNotFoundError, "Checkpoint file not found", "{error}: check --ckpt_path"),
+    (FileNotFoundError, "", "{filename} does not exist: check the path"),
+    (KeyError, "pytorch-lightning_version", "this file is no checkpoint of Lightning's"),
+)
+"""What to say of errors that torch and Lightning raise."""
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser; it tells a mistake in one line, with the nearest right option."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the line and exit with status 2."""
+        print(f"error: {_shortened(message)}{self._nearest(message)}", file=sys.stderr)
+        sys.exit(2)
+
+    def _nearest(self, message: str) -> str:
+        wrong = re.search(
+            r"[Uu]nrecognized arguments: (--\S+)|Option '(\S+)' is not accepted", message
+        )
+        if not wrong:
+            return ""
+        name = (wrong[1] or f"--data.{wrong[2]}").split("=")[0]
+        near = difflib.get_close_matches(name, sorted(self._options()), n=1, cutoff=0.5)
+        return f"; did you mean {near[0]}?" if near else "; see --help"
+
+    def _options(self) -> set[str]:
+        """All options of all subcommands, and those of the data modules."""
+        parsers: list[Any] = [self]
+        for action in self._actions:
+            parsers += (getattr(action, "choices", None) and _parsers(action.choices)) or []
+        found = {name for parser in parsers for name in parser._option_string_actions}
+        modules = [VisionData, *_subclasses(VisionData)]
+        return found | {
+            f"--data.{name}" for cls in modules for name in inspect.signature(cls).parameters
+        }
+
+
+def _parsers(choices: Any) -> list[Any]:
+    values = choices.values() if isinstance(choices, dict) else ()
+    return [value for value in values if hasattr(value, "_option_string_actions")]
+
+
+def _subclasses(cls: type) -> list[type]:
+    return [sub for direct in cls.__subclasses__() for sub in (direct, *_subclasses(direct))]
+
+
+def _shortened(message: str) -> str:
+    """The sentences that say what is wrong, without the listings of types that were tried."""
+    lines = [line.strip(" -") for line in message.splitlines()]
+    refused = [line for line in lines if line.startswith("Option '")]
+    return one_line(refused[0] if refused else " ".join(lines))

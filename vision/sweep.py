@@ -1,0 +1,350 @@
+"""The paper's figures as commands: ``python -m vision sweep depth|lr|degradation|lesion``.
+
+Every point is one short training, scored once on the test set. Points are appended to a CSV as they
+come; a point that is there is not computed again, so that a sweep goes on where it was stopped. The
+figure is drawn anew from the CSV at the end.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from fixup_core.errors import UserError
+from vision.data import VisionData
+from vision.lit_classifier import DivergedError, LitClassifier
+from vision.plots import Curve, draw
+
+PAPER_METHODS = ("fixup", "batchnorm", "xavier", "lsuv")
+RUNS = Path("runs/vision")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training.
+
+    Attributes:
+        net: Name of the network.
+        method: Of its initialisation.
+        options: More options of the network, as "name=value" pairs with spaces between.
+        depth: Weight layers, as the name says.
+        lr: Learning rate.
+        epochs: Length of the training.
+        seed: Of weights, order and augmentation.
+    """
+
+    net: str
+    method: str
+    options: str
+    depth: int
+    lr: float
+    epochs: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a point gave.
+
+    Attributes:
+        test_accuracy: In 0..1; not a number where the training diverged.
+        train_loss: Mean over the last epoch.
+    """
+
+    test_accuracy: float
+    train_loss: float
+
+
+class Table:
+    """Results in a CSV file, one row a point."""
+
+    columns = (*(f.name for f in fields(Point)), *(f.name for f in fields(Result)))
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.rows: dict[Point, Result] = {}
+        if file.exists():
+            with file.open(newline="") as lines:
+                for row in csv.DictReader(lines):
+                    self.rows[_typed(Point, row)] = _typed(Result, row)
+
+    def add(self, point: Point, result: Result) -> None:
+        """Append a row at once, so that a kill loses no finished point."""
+        new = not self.file.exists()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", newline="") as lines:
+            writer = csv.DictWriter(lines, self.columns)
+            if new:
+                writer.writeheader()
+            writer.writerow(asdict(point) | asdict(result))
+        self.rows[point] = result
+
+
+def _typed(kind: Any, row: dict[str, str]) -> Any:
+    casts = {"str": str, "int": int, "float": float}
+    return kind(**{f.name: casts[str(f.type)](row[f.name]) for f in fields(kind)})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every point of a sweep is trained.
+
+    Attributes:
+        data: The images.
+        epochs: Of each training.
+        mixup: Alpha of mixup.
+        weight_decay: Of the weights.
+        precision: Of the trainer; ``bf16-mixed`` is several times faster on recent CPUs.
+        checkpointing: Recompute activations from this many layers on, so that memory stays small.
+        accelerator: cpu, gpu or auto.
+        limit: Train on so many batches an epoch only; 0: on all.
+    """
+
+    data: VisionData
+    epochs: int = 1
+    mixup: float = 0.0
+    weight_decay: float = 1e-4
+    precision: str = "32-true"
+    checkpointing: int = 500
+    accelerator: str = "auto"
+    limit: int = 0
+
+
+def run_point(point: Point, recipe: Recipe) -> Result:
+    """Train one network and score it on the test set."""
+    L.seed_everything(point.seed, verbose=False)
+    options: dict[str, Any] = dict(pair.split("=") for pair in point.options.split())
+    if point.depth >= recipe.checkpointing:
+        options["checkpointing"] = True
+    model = LitClassifier(
+        net=point.net,
+        method=point.method,
+        num_classes=num_classes(recipe.data),
+        options=options | image_options(recipe.data),
+        lr=point.lr,
+        weight_decay=recipe.weight_decay,
+        mixup=recipe.mixup,
+        schedule="constant",
+    )
+    trainer = L.Trainer(
+        max_epochs=point.epochs,
+        accelerator=recipe.accelerator,
+        devices=1,
+        precision=recipe.precision,
+        limit_train_batches=recipe.limit or 1.0,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[TQDMProgressBar(leave=True)],
+        use_distributed_sampler=False,
+    )
+    try:
+        trainer.fit(model, datamodule=recipe.data)
+    except DivergedError:
+        return Result(math.nan, math.nan)
+    loss = trainer.callback_metrics["train/loss"].item()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scores = trainer.test(model, datamodule=recipe.data, verbose=False)[0]
+    return Result(scores["test/accuracy"], loss)
+
+
+def num_classes(data: VisionData) -> int:
+    """The number of classes of the images."""
+    data.prepare_data()
+    data.setup("test")
+    return data.num_classes
+
+
+def image_options(data: VisionData) -> dict[str, Any]:
+    """The network's options that depend on the images."""
+    images = getattr(data.parts["test"], "images", None)
+    return {} if images is None else {"in_channels": images.size(1)}
+
+
+def run_points(points: Iterable[Point], recipe: Recipe, file: Path) -> Table:
+    """Compute the points that the table lacks."""
+    table = Table(file)
+    points = list(points)
+    for number, point in enumerate(points, 1):
+        if point in table.rows:
+            continue
+        print(f"[{number}/{len(points)}] {point.net} {point.method} lr {point.lr:g}", flush=True)
+        result = run_point(point, recipe)
+        table.add(point, result)
+        print(f"    test accuracy {result.test_accuracy:.4f}, train loss {result.train_loss:.4f}")
+    return table
+
+
+def depth(
+    recipe: Recipe,
+    output: Path = RUNS / "sweep_depth",
+    depths: Sequence[int] = (20, 56, 110, 218, 434, 1202),
+    methods: Sequence[str] = PAPER_METHODS,
+    lr: float = 0.1,
+    seeds: Sequence[int] = (1,),
+) -> None:
+    """Test accuracy after the first epochs against depth (the paper's figure 3).
+
+    Args:
+        recipe: How every point is trained.
+        output: Folder of ``points.csv`` and ``depth.png``.
+        depths: 6n+2 each.
+        methods: The networks' initialisations.
+        lr: Learning rate.
+        seeds: One training each.
+    """
+    points = [
+        Point(f"cifar_resnet{d}", method, "", d, lr, recipe.epochs, seed)
+        for d in sorted(depths)
+        for method in methods
+        for seed in seeds
+    ]
+    table = run_points(points, recipe, output / "points.csv")
+    curves = _curves(table, points, "depth", "test_accuracy", "method")
+    title = f"test accuracy after {recipe.epochs} epoch(s), lr {lr:g}"
+    draw(curves, output / "depth.png", x="layers", y="test accuracy", title=title, log_x=True)
+
+
+def lr(
+    recipe: Recipe,
+    output: Path = RUNS / "sweep_lr",
+    net: str = "cifar_resnet56",
+    rates: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    methods: Sequence[str] = PAPER_METHODS,
+    seeds: Sequence[int] = (1,),
+) -> None:
+    """Training loss after the first epochs against the learning rate.
+
+    Args:
+        recipe: How every point is trained.
+        output: Folder of ``points.csv`` and ``lr.png``.
+        net: Name of the network.
+        rates: Learning rates.
+        methods: The networks' initialisations.
+        seeds: One training each.
+    """
+    points = [
+        Point(net, method, "", _depth_of(net), rate, recipe.epochs, seed)
+        for rate in sorted(rates)
+        for method in methods
+        for seed in seeds
+    ]
+    table = run_points(points, recipe, output / "points.csv")
+    curves = _curves(table, points, "lr", "train_loss", "method")
+    title = f"{net} after {recipe.epochs} epoch(s)"
+    draw(curves, output / "lr.png", x="learning rate", y="train loss", title=title, log_x=True)
+
+
+def degradation(
+    recipe: Recipe,
+    output: Path = RUNS / "sweep_degradation",
+    depths: Sequence[int] = (20, 32, 44, 56),
+    method: str = "batchnorm",
+    lr: float = 0.1,
+    seeds: Sequence[int] = (1,),
+) -> None:
+    """Plain networks get worse with depth, residual ones do not (He et al. 2015, figure 6).
+
+    Args:
+        recipe: How every point is trained.
+        output: Folder of ``points.csv`` and ``degradation.png``.
+        depths: 6n+2 each.
+        method: Of both kinds of network.
+        lr: Learning rate.
+        seeds: One training each.
+    """
+    points = [
+        Point(f"cifar_resnet{d}", method, f"shortcut={shortcut}", d, lr, recipe.epochs, seed)
+        for d in sorted(depths)
+        for shortcut in ("none", "A")
+        for seed in seeds
+    ]
+    table = run_points(points, recipe, output / "points.csv")
+    curves = _curves(table, points, "depth", "train_loss", "options")
+    names = {"shortcut=none": "plain", "shortcut=A": "residual"}
+    curves = [Curve(names[curve.name], curve.points) for curve in curves]
+    title = f"{method}, {recipe.epochs} epoch(s)"
+    draw(curves, output / "degradation.png", x="layers", y="train loss", title=title)
+
+
+def lesion(
+    checkpoint: Path,
+    data: VisionData,
+    output: Path = RUNS / "lesion",
+    accelerator: str = "auto",
+) -> None:
+    """Test accuracy of a trained network with one block left out (Veit et al. 2016, section 4.1).
+
+    A residual block is left out by passing its shortcut alone. A plain one by passing its input
+    on, and blocks that change the shape of their input are kept.
+
+    Args:
+        checkpoint: Of ``python -m vision fit``.
+        data: The images.
+        output: Folder of ``lesion.csv`` and ``lesion.png``.
+        accelerator: cpu, gpu or auto.
+    """
+    if not checkpoint.is_file():
+        raise UserError(f"{checkpoint} does not exist: give a checkpoint of python -m vision fit")
+    model = LitClassifier.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    blocks = getattr(model.net, "blocks", None)
+    if blocks is None:
+        raise UserError(f"{model.hparams.net} is not made of blocks that could be left out")
+    trainer = L.Trainer(
+        accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False
+    )
+
+    def accuracy() -> float:
+        return trainer.test(model, datamodule=data, verbose=False)[0]["test/accuracy"]
+
+    rows = [(-1, accuracy())]
+    for number, block in enumerate(blocks()):
+        if block.left_out_is_defined():
+            with block.left_out():
+                rows.append((number, accuracy()))
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "lesion.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("block left out (-1: none)", "test accuracy"))
+        writer.writerows(rows)
+    whole = [(float(number), rows[0][1]) for number, _ in rows[1:]]
+    curves = [Curve("whole network", whole), Curve("without the block", rows[1:])]
+    draw(
+        curves,
+        output / "lesion.png",
+        x="block left out",
+        y="test accuracy",
+        title=f"{model.hparams.net}, {model.hparams.method}",
+    )
+
+
+COMMANDS = {"depth": depth, "lr": lr, "degradation": degradation, "lesion": lesion}
+
+
+def _depth_of(net: str) -> int:
+    digits = "".join(c for c in net.split("_")[1] if c.isdigit())
+    return int(digits)
+
+
+def _curves(table: Table, points: Sequence[Point], x: str, y: str, name: str) -> list[Curve]:
+    """A curve for each value of ``name``, means over the seeds."""
+    grouped: dict[str, dict[float, list[float]]] = {}
+    for point in points:
+        value = getattr(table.rows[point], y)
+        grouped.setdefault(getattr(point, name), {}).setdefault(getattr(point, x), []).append(value)
+    return [
+        Curve(key, [(at, statistics.fmean(values)) for at, values in sorted(line.items())])
+        for key, line in grouped.items()
+    ]
