@@ -15,6 +15,9 @@ from torchvision.utils import make_grid, save_image
 
 from vision.data.batches import Batch
 
+LEGIBLE = 32
+"""Pixels; smaller images are enlarged to about so many."""
+
 
 class AugmentedImages(Callback):
     """Writes the first training batch as the network sees it: ``augmented.png``, and TensorBoard.
@@ -32,6 +35,8 @@ class AugmentedImages(Callback):
         if trainer.global_step > 0 or not trainer.is_global_zero:
             return
         images = batch.images[: self.count].float().cpu()
+        times = max(1, LEGIBLE // images.size(2))
+        images = images.repeat_interleave(times, 2).repeat_interleave(times, 3)
         grid = make_grid(images, nrow=8, normalize=True, padding=1)
         save_image(grid, Path(trainer.default_root_dir) / "augmented.png")
         for logger in trainer.loggers:

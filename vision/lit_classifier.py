@@ -149,6 +149,8 @@ class LitClassifier(L.LightningModule):
         return self(batch.images).float().softmax(dim=1)
 
     def _evaluate(self, batch: Batch, metrics: MetricCollection) -> None:
+        if not len(batch.labels):  # an incomplete last batch, shared by several processes
+            return
         logits = self(batch.images).float()
         for name, metric in metrics.items(keep_base=True):
             if name == "loss":

@@ -62,11 +62,11 @@ class BatchOrder(Sampler[list[int]]):
         shuffle: Another order every epoch; else the order of the data.
         drop_last: Leave an incomplete last batch out.
         rank: Of this process.
-        world_size: Number of processes. Where a batch cannot be divided, the first processes get
-            one image more; ``drop_last`` avoids that.
+        world_size: Number of processes. Of an incomplete last batch the first processes may get
+            one image more, and the last ones none.
 
     Raises:
-        UserError: A batch size below the number of processes, or no image.
+        UserError: A batch size that the processes cannot share, or no image.
     """
 
     def __init__(
@@ -82,8 +82,11 @@ class BatchOrder(Sampler[list[int]]):
     ) -> None:
         if size < 1:
             raise UserError("there are no images")
-        if batch_size < world_size:
-            raise UserError(f"a batch of {batch_size} cannot be shared by {world_size} processes")
+        if batch_size < 1 or batch_size % world_size:
+            raise UserError(
+                f"a batch of {batch_size} cannot be shared by {world_size} processes: make "
+                "--data.batch_size a multiple of their number"
+            )
         if drop_last and size < batch_size:
             raise UserError(f"{size} images do not fill one batch of {batch_size}")
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
@@ -171,7 +174,7 @@ class TensorSource:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for indices in self.order:
-            chosen = torch.as_tensor(indices)
+            chosen = torch.as_tensor(indices, dtype=torch.long)
             yield self.images[chosen], self.labels[chosen]
 
 
