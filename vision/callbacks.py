@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
@@ -44,24 +43,28 @@ class AugmentedImages(Callback):
                 logger.experiment.add_image("augmented", grid, 0)
 
 
-class PredictionTable(BasePredictionWriter):
+class PredictionTable(Callback):
     """Writes ``predictions.csv``: number, most likely class and its probability, for each image."""
 
-    def __init__(self) -> None:
-        super().__init__("epoch")
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.batches: list[Tensor] = []
 
-    def write_on_epoch_end(
+    def on_predict_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        predictions: list[Tensor],
-        batch_indices: list[Any],
+        outputs: Tensor,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
-        best = torch.cat([batch.cpu() for batch in predictions]).max(dim=1)
+        self.batches.append(outputs.cpu())
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        probabilities, classes = torch.cat(self.batches).max(dim=1)
         file = Path(trainer.default_root_dir) / "predictions.csv"
         with file.open("w", newline="") as table:
             writer = csv.writer(table)
             writer.writerow(("image", "class", "probability"))
-            for number, (value, label) in enumerate(zip(*best, strict=True)):
-                writer.writerow((number, label.item(), f"{value.item():.6f}"))
-        print(f"predictions of {len(best.values)} images: {file}")
+            rows = zip(classes.tolist(), probabilities.tolist(), strict=True)
+            writer.writerows((n, label, f"{p:.6f}") for n, (label, p) in enumerate(rows))
+        print(f"predictions of {len(classes)} images: {file}")

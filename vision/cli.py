@@ -7,6 +7,8 @@ method and seed in ``runs/vision``): ``config.yaml``, ``metrics/``, ``tensorboar
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,12 @@ from vision.errors import Parser
 from vision.lit_classifier import LitClassifier
 
 RUNS = Path("runs/vision")
+
+# A run that goes on writes into the folder it has.
+warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+    lambda record: "💡" not in record.getMessage()  # advertisements
+)
 
 
 class VisionCLI(LightningCLI):
@@ -61,9 +69,9 @@ class VisionCLI(LightningCLI):
                 TensorBoardLogger(root, name="", version="tensorboard"),
                 CSVLogger(root, name="metrics"),
             ]
-        trainer = super().instantiate_trainer(**options)
-        trainer.callbacks += _callbacks(root / "checkpoints", chosen.get("checkpoint_every", 0))
-        return trainer
+        every = chosen.get("checkpoint_every", 0)
+        self.trainer_defaults["callbacks"] = _callbacks(root / "checkpoints", every)
+        return super().instantiate_trainer(**options)
 
     def _options(self) -> Any:
         return self.config[self.subcommand] if self.subcommand else self.config

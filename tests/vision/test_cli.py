@@ -1,0 +1,158 @@
+"""``python -m vision``: runs, kills, resumes, several processes, mistakes."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fixup_core.errors import UserError
+from tests.conftest import ENVIRONMENT, ROOT
+from vision.cli import VisionCLI
+from vision.lit_classifier import DivergedError
+
+RECIPE = ROOT / "recipes" / "vision" / "digits_fixup_resnet20.yaml"
+TINY = (
+    *("--config", str(RECIPE), "--model.net", "cifar_resnet8", "--trainer.max_epochs", "3"),
+    *("--trainer.log_every_n_steps", "1", "--data.train_size", "256", "--data.batch_size", "32"),
+    *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments(monkeypatch) -> None:
+    """LightningCLI warns where it is given arguments and pytest has some too."""
+    monkeypatch.setattr(sys, "argv", ["vision"])
+
+
+def _start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    line = [sys.executable, "-W", "ignore", "-m", "vision", "fit", *TINY]
+    return subprocess.Popen(
+        [*line, "--trainer.default_root_dir", str(folder), *more],
+        env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _finish(run: subprocess.Popen[str]) -> None:
+    output, _ = run.communicate(timeout=240)
+    assert run.returncode == 0, output[-3000:]
+
+
+def _state(folder: Path, name: str = "last.ckpt") -> dict:
+    return torch.load(folder / "checkpoints" / name, weights_only=True)
+
+
+def _fit(folder: Path, *more: str) -> VisionCLI:
+    return VisionCLI(["fit", *TINY, "--trainer.default_root_dir", str(folder), *more])
+
+
+def test_a_run_leaves_one_folder_and_can_be_tested_and_predicted(tmp_path: Path) -> None:
+    _fit(tmp_path, "--trainer.max_epochs", "1", "--model.mixup", "0.2")
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt", "augmented.png"} <= names
+    best = str(tmp_path / "checkpoints" / "best.ckpt")
+    place = ("--trainer.default_root_dir", str(tmp_path), "--ckpt_path", best)
+    scores = VisionCLI(["test", *TINY, *place]).trainer.callback_metrics
+    assert {"test/accuracy", "test/accuracy_top5", "test/calibration_error", "test/loss"} <= set(
+        scores
+    )
+    VisionCLI(["predict", *TINY, *place])
+    with (tmp_path / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 449 and all(0.1 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_kill_in_an_epoch_and_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:
+    whole = _start(tmp_path / "whole", "--checkpoint_every", "3")
+    killed = _start(tmp_path / "killed", "--checkpoint_every", "3")
+    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 200
+    while not (last.exists() and _readable_step(last) >= 12):
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    killed.kill()
+    killed.communicate()
+    step = _state(tmp_path / "killed")["global_step"]
+    assert step < 24 and step % 8, "killed in the midst of an epoch"
+    _finish(_start(tmp_path / "killed", "--checkpoint_every", "3", "--ckpt_path", "last"))
+    _finish(whole)
+    first, second = _state(tmp_path / "whole"), _state(tmp_path / "killed")
+    assert first["global_step"] == second["global_step"] == 24
+    for name, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), name
+
+
+def _readable_step(file: Path) -> int:
+    try:
+        return torch.load(file, weights_only=True)["global_step"]
+    except (RuntimeError, EOFError):  # being replaced
+        return 0
+
+
+def test_two_processes_equal_one_with_the_same_batch(tmp_path: Path) -> None:
+    runs = [
+        _start(tmp_path / "one"),
+        _start(tmp_path / "two", "--trainer.devices", "2", "--trainer.strategy", "ddp"),
+    ]
+    for run in runs:
+        _finish(run)
+    first, second = _state(tmp_path / "one"), _state(tmp_path / "two")
+    assert first["global_step"] == second["global_step"] == 24
+    for name, value in first["state_dict"].items():
+        torch.testing.assert_close(second["state_dict"][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_diverges_stops_at_once_and_its_checkpoints_are_good(tmp_path: Path) -> None:
+    _fit(tmp_path, "--trainer.max_epochs", "1")
+    before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
+    with pytest.raises(DivergedError, match=r"diverged at step \d+: the loss is"):
+        _fit(tmp_path, "--model.lr", "1e12")
+    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--model.net", "cifar_resnet21"), "not 6n.2: take 20 or 26"),
+        (("--model.num_classes", "7"), "the data have 10 classes, --model.num_classes is 7"),
+        (("--data.val_size", "0"), "--data.val_size is 0; take a number from 1 to 1347"),
+        (("--model.mixup", "-1"), "0 or above"),
+    ],
+)
+def test_mistakes_are_told(flags: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        _fit(tmp_path, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (
+            ("--model.lrr", "1"),
+            "error: unrecognized arguments: --model.lrr 1; did you mean --model.lr?",
+        ),
+        (("--data.batchsize", "1"), "did you mean --data.batch_size?"),
+        (("--model.schedule", "cosin"), "Got value: cosin"),
+    ],
+)
+def test_a_wrong_option_names_the_nearest(flags: tuple[str, ...], says: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        VisionCLI(["fit", *TINY, *flags])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and says in error and "\n" not in error
+
+
+def test_the_command_ends_a_mistake_in_one_line_and_status_1(tmp_path: Path) -> None:
+    run = _start(tmp_path, "--ckpt_path", str(tmp_path / "nothing.ckpt"))
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 1 and "Traceback" not in output
+    assert output.strip().splitlines()[-1].startswith("error: Checkpoint file not found")
