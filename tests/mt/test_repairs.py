@@ -189,9 +189,15 @@ def test_a_restore_file_may_have_the_suffix_of_the_run(tmp_path: Path, restored)
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
-def test_torchruns_ranks_find_each_other(monkeypatch) -> None:
+@pytest.fixture
+def under_torchrun(monkeypatch) -> None:
+    """The environment of the second of two ranks."""
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("under_torchrun")
+def test_torchruns_ranks_find_each_other(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg = SimpleNamespace(distributed_world_size=1, distributed_init_method=None)
     distributed_utils.infer_init_method(cfg)
@@ -199,9 +205,8 @@ def test_torchruns_ranks_find_each_other(monkeypatch) -> None:
     assert cfg.distributed_init_method == "env://" and cfg.distributed_no_spawn
 
 
+@pytest.mark.usefixtures("under_torchrun")
 def test_torchruns_ranks_with_one_gpu_a_node_find_each_other(monkeypatch) -> None:
-    for name, value in TORCHRUN.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     cfg = SimpleNamespace(
