@@ -38,12 +38,12 @@ def unit_scale(num_branches: int, layers_per_branch: int) -> float:
     return 1.0
 
 
-def he_std(fan_out: int) -> float:
-    """Standard deviation of He initialisation over the fan-out (He et al. 2015, eq. 14).
+def he_std(fan: int) -> float:
+    """Standard deviation of He initialisation over a fan (He et al. 2015, equations 10 and 14).
 
-    For a convolution ``fan_out = out_channels * kernel_height * kernel_width``.
+    The fan-out of a convolution is ``out_channels * kernel_height * kernel_width``.
     """
-    return math.sqrt(2 / fan_out)
+    return math.sqrt(2 / fan)
 
 
 def xavier_std(fan_in: int, fan_out: int) -> float:

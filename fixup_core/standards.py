@@ -57,7 +57,8 @@ def _xavier_packed(module: Any) -> float:
 
 
 def _he(module: Any) -> float:
-    return scaling.he_std(fans(module)[1])
+    fan_in, fan_out = fans(module)
+    return scaling.he_std(fan_in if isinstance(module, nn.Linear) else fan_out)
 
 
 def _torch_default(module: Any) -> float:
@@ -72,7 +73,9 @@ def _embedding(module: Any) -> float:
     return scaling.embedding_std(module.weight.shape[1])
 
 
-HE_NORMAL = Standard("He normal, fan-out", _he)
+HE_NORMAL = Standard("He normal", _he)
+"""Over the fan-out of a convolution, as the authors' code has it, and the fan-in of a linear layer,
+whose two fans may differ by much (He et al. 2015, equations 10 and 14)."""
 XAVIER_UNIFORM = Standard("Xavier uniform", _xavier, "uniform")
 PACKED_XAVIER_UNIFORM = Standard("Xavier uniform, packed q/k/v", _xavier_packed, "uniform")
 """The fan of one packed ``3d x d`` matrix of queries, keys and values, as in the authors' code:

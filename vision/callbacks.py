@@ -56,6 +56,7 @@ class PredictionTable(Callback):
         outputs: Tensor,
         batch: Batch,
         batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self.batches.append(outputs.cpu())
 

@@ -84,7 +84,7 @@ class VisionCLI(LightningCLI):
 
 
 def _callbacks(folder: Path, every: int) -> list[Any]:
-    def last(**when: int) -> ModelCheckpoint:
+    def last(**when: Any) -> ModelCheckpoint:
         return ModelCheckpoint(folder, "last", enable_version_counter=False, **when)
 
     best = ModelCheckpoint(

@@ -74,7 +74,8 @@ def _parsers(choices: Any) -> list[Any]:
 
 
 def _subclasses(cls: type) -> list[type]:
-    return [sub for direct in cls.__subclasses__() for sub in (direct, *_subclasses(direct))]
+    direct: list[type] = cls.__subclasses__()
+    return direct + [below for one in direct for below in _subclasses(one)]
 
 
 def _shortened(message: str) -> str:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from fixup_core import SCALAR_LR_RATIO, param_groups
 from fixup_core.errors import UserError
+from vision.data import VisionData
 from vision.data.batches import Batch
 from vision.mixing import blend
 from vision.nets import METHODS, build_net, initialise_
@@ -80,39 +82,48 @@ class LitClassifier(L.LightningModule):
         self.val_metrics = _metrics(num_classes, "val/")
         self.test_metrics = _metrics(num_classes, "test/")
 
+    @property
+    def options(self) -> Any:
+        """The arguments, as a checkpoint keeps them."""
+        return self.hparams
+
+    @property
+    def data(self) -> VisionData:
+        """What the trainer feeds the network with."""
+        return cast(Any, self.trainer).datamodule
+
     def setup(self, stage: str) -> None:
         """Hold the data's number of classes against the network's.
 
         Raises:
             UserError: They differ.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        found = getattr(data, "num_classes", self.hparams.num_classes)
-        if found != self.hparams.num_classes:
+        found = self.data.num_classes
+        if found != self.options.num_classes:
             raise UserError(
                 f"the data have {found} classes, --model.num_classes is "
-                f"{self.hparams.num_classes}: make them equal"
+                f"{self.options.num_classes}: make them equal"
             )
 
     def on_fit_start(self) -> None:
         """An initialisation that looks at data is done on the first batch of a new run."""
-        method = METHODS[self.hparams.method]
+        method = METHODS[self.options.method]
         if not method.batch or self.trainer.ckpt_path:
             return
-        batch = next(iter(self.trainer.datamodule.train_dataloader()))
-        images = self.trainer.datamodule.pixels.normalise(batch.images).to(self.device)
-        self.net.report = initialise_(self.net, method, images)
+        batch = next(iter(self.data.train_dataloader()))
+        images = self.data.on_after_batch_transfer(batch, 0).images
+        initialise_(self.net, method, images.to(self.device))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
-        if self.hparams.channels_last:
+        if self.options.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.net(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        mixed = blend(batch, mixup=self.hparams.mixup, cutmix=self.hparams.cutmix)
+        mixed = blend(batch, mixup=self.options.mixup, cutmix=self.options.cutmix)
         logits = self(mixed.images).float()
-        loss = mixed.loss(logits, self.hparams.label_smoothing)
+        loss = mixed.loss(logits, self.options.label_smoothing)
         if not torch.isfinite(loss):
             raise DivergedError(
                 f"training diverged at step {self.global_step}: the loss is {loss.item()}. Lower "
@@ -158,9 +169,9 @@ class LitClassifier(L.LightningModule):
             else:
                 metric.update(logits, batch.labels)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with the scalars in a group of their own, its rate set before every step."""
-        options = self.hparams
+        options = self.options
         groups = param_groups(
             self.net,
             lr=options.lr,
@@ -181,7 +192,7 @@ class LitClassifier(L.LightningModule):
 
     def rate(self, step: int) -> float:
         """The learning rate of a step over the peak rate, in 0..1."""
-        options, epoch = self.hparams, step / self._steps_per_epoch()
+        options, epoch = self.options, step / self._steps_per_epoch()
         share = epoch / (self.trainer.max_epochs or 1)
         warm = min(1.0, (epoch / options.warmup_epochs)) if options.warmup_epochs else 1.0
         if options.schedule == "step":
@@ -193,13 +204,13 @@ class LitClassifier(L.LightningModule):
     def _steps_per_epoch(self) -> int:
         """Not Lightning's estimate of all steps, which makes the loader too early to be resumed."""
         trainer = self.trainer
-        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        batches, limit = len(self.data.train_dataloader()), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:
-    metrics = {
+    metrics: dict[str, Metric | MetricCollection] = {
         "loss": MeanMetric(),
         "accuracy": MulticlassAccuracy(num_classes, average="micro"),
         "calibration_error": MulticlassCalibrationError(num_classes),

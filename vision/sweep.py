@@ -113,7 +113,7 @@ class Recipe:
     epochs: int = 1
     mixup: float = 0.0
     weight_decay: float = 1e-4
-    precision: str = "32-true"
+    precision: Any = "32-true"
     checkpointing: int = 500
     accelerator: str = "auto"
     limit: int = 0
@@ -301,7 +301,7 @@ def lesion(
     model = LitClassifier.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     blocks = getattr(model.net, "blocks", None)
     if blocks is None:
-        raise UserError(f"{model.hparams.net} is not made of blocks that could be left out")
+        raise UserError(f"{model.options.net} is not made of blocks that could be left out")
     trainer = L.Trainer(
         accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False
     )
@@ -326,11 +326,11 @@ def lesion(
         output / "lesion.png",
         x="block left out",
         y="test accuracy",
-        title=f"{model.hparams.net}, {model.hparams.method}",
+        title=f"{model.options.net}, {model.options.method}",
     )
 
 
-COMMANDS = {"depth": depth, "lr": lr, "degradation": degradation, "lesion": lesion}
+COMMANDS: dict[str, Any] = {"depth": depth, "lr": lr, "degradation": degradation, "lesion": lesion}
 
 
 def _depth_of(net: str) -> int:

@@ -1,7 +1,14 @@
 """Networks by name: ``build_net("cifar_resnet110", method="fixup", num_classes=10)``."""
 
 from vision.nets.families import FAMILIES, build_net
-from vision.nets.methods import METHODS, initialise_
+from vision.nets.methods import METHODS, Network, initialise_
 from vision.nets.reference import load_reference_state_dict
 
-__all__ = ["FAMILIES", "METHODS", "build_net", "initialise_", "load_reference_state_dict"]
+__all__ = [
+    "FAMILIES",
+    "METHODS",
+    "Network",
+    "build_net",
+    "initialise_",
+    "load_reference_state_dict",
+]

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from fixup_core.errors import UserError
 from vision.nets.blocks import Design
 from vision.nets.highway import HighwayConvNet, HighwayMLP
-from vision.nets.methods import METHODS, Method, initialise_
+from vision.nets.methods import METHODS, Method, Network, initialise_
 from vision.nets.resnet import ResNet
 
 IMAGENET_COUNTS = {
@@ -37,7 +36,7 @@ def _design(method: Method, options: dict[str, Any], **defaults: Any) -> Design:
     return Design(method, **(defaults | given))
 
 
-def _cifar_resnet(depth: int, *, method: Method, **options: Any) -> nn.Module:
+def _cifar_resnet(depth: int, *, method: Method, **options: Any) -> Network:
     """ResNet-(6n+2): n basic blocks in each of three stages, 16, 32 and 64 wide, shortcut A."""
     count = _blocks_per_stage(depth, 2)
     width = options.pop("width", 16)
@@ -45,7 +44,7 @@ def _cifar_resnet(depth: int, *, method: Method, **options: Any) -> nn.Module:
     return ResNet(_design(method, options), counts=(count,) * 3, widths=widths, **options)
 
 
-def _cifar_wrn(depth: int, factor: int, *, method: Method, **options: Any) -> nn.Module:
+def _cifar_wrn(depth: int, factor: int, *, method: Method, **options: Any) -> Network:
     """Wide-ResNet-(6n+4): ``factor`` times as wide, pre order, shortcut B."""
     count = _blocks_per_stage(depth, 4)
     design = _design(method, options, shortcut="B", order="pre")
@@ -53,7 +52,7 @@ def _cifar_wrn(depth: int, factor: int, *, method: Method, **options: Any) -> nn
     return ResNet(design, counts=(count,) * 3, widths=widths, stem_width=16, **options)
 
 
-def _imagenet_resnet(depth: int, *, method: Method, **options: Any) -> nn.Module:
+def _imagenet_resnet(depth: int, *, method: Method, **options: Any) -> Network:
     """ResNet-18/34 of basic blocks, 50/101/152 of bottlenecks, shortcut B."""
     if depth not in IMAGENET_COUNTS:
         known = ", ".join(map(str, IMAGENET_COUNTS))
@@ -63,17 +62,17 @@ def _imagenet_resnet(depth: int, *, method: Method, **options: Any) -> nn.Module
     return ResNet(design, counts=counts, widths=(64, 128, 256, 512), imagenet=True, **options)
 
 
-def _highway(depth: int, *, method: Method, **options: Any) -> nn.Module:
+def _highway(depth: int, *, method: Method, **options: Any) -> Network:
     """Fully connected highway network, 50 wide."""
     return _gated(HighwayMLP, depth, method, options)
 
 
-def _highway_conv(depth: int, *, method: Method, **options: Any) -> nn.Module:
+def _highway_conv(depth: int, *, method: Method, **options: Any) -> Network:
     """Convolutional highway network of 3x3 convolutions, 16, 32 and 64 wide."""
     return _gated(HighwayConvNet, depth, method, options)
 
 
-def _gated(kind: Any, depth: int, method: Method, options: dict[str, Any]) -> nn.Module:
+def _gated(kind: Any, depth: int, method: Method, options: dict[str, Any]) -> Network:
     if method.residual or method.norm:
         raise UserError(
             "a highway network has gates in place of norms and residual branches: "
@@ -104,7 +103,7 @@ class Family:
     """
 
     pattern: str
-    build: Callable[..., nn.Module]
+    build: Callable[..., Network]
     example: str
     image: tuple[int, int] = (3, 32)
 
@@ -125,7 +124,7 @@ def build_net(
     num_classes: int = 10,
     batch: torch.Tensor | None = None,
     **options: Any,
-) -> nn.Module:
+) -> Network:
     """Build a network and write its weights.
 
     Args:
@@ -157,7 +156,7 @@ def build_net(
         channels, size = family.image
         size = options.get("image_size", size)
         batch = torch.randn(16, options.get("in_channels", channels), size, size)
-    net.report = initialise_(net, chosen, batch)
+    initialise_(net, chosen, batch)
     return net
 
 

@@ -7,12 +7,13 @@ Tensors are [B, D] in the fully connected network, [B, C, H, W] in the convoluti
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vision.nets.blocks import Subsample
-from vision.nets.methods import ACTIVATIONS
+from vision.nets.methods import ACTIVATIONS, Network
 
 
 class HighwayLayer(nn.Module):
@@ -29,7 +30,7 @@ class HighwayLayer(nn.Module):
     def __init__(
         self,
         transform: nn.Module,
-        gate: nn.Module,
+        gate: Any,
         carry: nn.Module,
         *,
         activation: str,
@@ -46,7 +47,7 @@ class HighwayLayer(nn.Module):
         return carried + opened * (self.activation(self.transform(x)) - carried)
 
 
-class HighwayMLP(nn.Module):
+class HighwayMLP(Network):
     """Fully connected: a plain layer, ``depth - 1`` highway layers, a classifier.
 
     As the paper's figure 1 counts depth, with its width of 50.
@@ -87,7 +88,7 @@ class HighwayMLP(nn.Module):
         return self.fc(self.layers(self.activation(self.first(x.flatten(1)))))
 
 
-class HighwayConvNet(nn.Module):
+class HighwayConvNet(Network):
     """Convolutional: a 3x3 stem, ``depth - 1`` highway layers in stages, a classifier.
 
     Where a stage begins, the carried input is subsampled and gets zero channels.

@@ -35,6 +35,16 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
 
 
+class Network(nn.Module):
+    """What ``build_net`` returns: maps images [B, C, H, W] to logits [B, classes].
+
+    Attributes:
+        report: How every weight was drawn.
+    """
+
+    report: FixupReport
+
+
 @dataclass(frozen=True)
 class Method:
     """How the layers of a network are kept in hand.
@@ -116,8 +126,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def initialise_(net: nn.Module, method: Method, batch: torch.Tensor | None = None) -> FixupReport:
-    """Write all weights of ``net`` as ``method`` has it.
+def initialise_(net: Network, method: Method, batch: torch.Tensor | None = None) -> None:
+    """Write all weights of ``net`` as ``method`` has it, and its report.
 
     Args:
         net: Built with ``method``.
@@ -128,7 +138,8 @@ def initialise_(net: nn.Module, method: Method, batch: torch.Tensor | None = Non
         UserError: The method looks at data and there is no batch.
     """
     if not method.batch:
-        return method.initialise(net)
-    if batch is None:
+        net.report = method.initialise(net)
+    elif batch is None:
         raise UserError("this initialisation looks at data: give it a batch of images")
-    return method.initialise(net, batch)
+    else:
+        net.report = method.initialise(net, batch)

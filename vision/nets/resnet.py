@@ -13,7 +13,6 @@ import contextlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from fixup_core import WeightLayer
 from fixup_core.errors import UserError
 from fixup_core.standards import TORCH_DEFAULT
 from vision.nets.blocks import ORDERS, SHORTCUTS, Block, Design
-from vision.nets.methods import ACTIVATIONS
+from vision.nets.methods import ACTIVATIONS, Network
 
 
 class Stem(nn.Module):
@@ -69,7 +68,7 @@ class Head(nn.Module):
         return self.fc(self.shift(x.mean(dim=(2, 3))))
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """A stack of stages, each halving the image but the first.
 
     Args:
@@ -113,7 +112,7 @@ class ResNet(nn.Module):
 
     def blocks(self) -> list[Block]:
         """All blocks, in the order of the forward pass."""
-        return list(chain.from_iterable(self.stages))
+        return [module for module in self.modules() if isinstance(module, Block)]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -144,7 +143,7 @@ def _once_and_again(segment: nn.Module) -> tuple[Any, Any]:
 @contextlib.contextmanager
 def _without_tracking(segment: nn.Module) -> Iterator[None]:
     norms = [m for m in segment.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    before = [(norm.momentum, _counter(norm).clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -152,7 +151,11 @@ def _without_tracking(segment: nn.Module) -> Iterator[None]:
     finally:
         for norm, (momentum, count) in zip(norms, before, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+            _counter(norm).copy_(count)
+
+
+def _counter(norm: nn.BatchNorm2d) -> Tensor:
+    return norm.get_buffer("num_batches_tracked")
 
 
 def _check(design: Design) -> None:
