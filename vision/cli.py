@@ -16,12 +16,17 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from fixup_core.errors import UserError
 from vision.callbacks import AugmentedImages, PredictionTable
 from vision.data import VisionData
 from vision.errors import Parser
 from vision.lit_classifier import LitClassifier
 
 RUNS = Path("runs/vision")
+HELP = (
+    "Fixup ResNets and their rivals. Besides the commands below: sweep (the paper's figures), "
+    "compare (finished runs side by side), demo; each has a --help of its own."
+)
 
 # A run that goes on writes into the folder it has.
 warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
@@ -39,6 +44,8 @@ class VisionCLI(LightningCLI):
             VisionData,
             subclass_mode_data=True,
             parser_class=Parser,
+            parser_kwargs={"prog": "python -m vision", "description": HELP},
+            auto_configure_optimizers=False,
             seed_everything_default=1,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"use_distributed_sampler": False, "deterministic": True},
@@ -55,10 +62,19 @@ class VisionCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Name the run's folder; without it, loggers and checkpoints would number their own."""
-        trainer = self._options().trainer
+        """Name the run's folder; without it, loggers and checkpoints would number their own.
+
+        ``best`` and ``last`` are the checkpoints of that folder, for every subcommand.
+        """
+        options = self._options()
+        trainer = options.trainer
         if trainer.default_root_dir is None:
             trainer.default_root_dir = str(RUNS / self._name())
+        if options.get("ckpt_path") in ("best", "last"):
+            file = Path(trainer.default_root_dir, "checkpoints", f"{options.ckpt_path}.ckpt")
+            if not file.exists():
+                raise UserError(f"{file} does not exist: check --trainer.default_root_dir")
+            options.ckpt_path = str(file)
 
     def instantiate_trainer(self, **options: Any) -> Any:
         """The trainer, with the loggers and callbacks that every run has."""

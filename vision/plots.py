@@ -12,6 +12,10 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+WIDTH, HEIGHT = 6.4, 4.2
+"""Of one panel, in inches."""
 
 
 @dataclass(frozen=True)
@@ -22,37 +26,47 @@ class Curve:
     points: Sequence[tuple[float, float]]
 
 
-def draw(
-    curves: Sequence[Curve], file: Path, *, x: str, y: str, title: str, log_x: bool = False
-) -> None:
-    """Write the figure as a PNG and say where it is.
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes; ``x`` and ``y`` are what is written along them."""
+
+    curves: Sequence[Curve]
+    x: str
+    y: str
+    title: str
+    log_x: bool = False
+
+
+def draw(panels: Sequence[Panel], file: Path) -> None:
+    """Write the panels side by side as a PNG and say where it is.
 
     Diverged points are marked by a cross at the foot of the figure.
     """
-    figure, axes = plt.subplots(figsize=(7, 4.2))
-    for curve in curves:
-        good = [(a, b) for a, b in curve.points if math.isfinite(b)]
-        lost = [a for a, b in curve.points if not math.isfinite(b)]
-        (line,) = (
-            axes.plot(*zip(*good, strict=True), "o-", label=curve.name)
-            if good
-            else (axes.plot([], [], "o-", label=curve.name))
-        )
-        axes.plot(
-            lost,
-            [0.02] * len(lost),
-            "x",
-            color=line.get_color(),
-            clip_on=False,
-            transform=axes.get_xaxis_transform(),
-        )
-    if log_x:
-        axes.set_xscale("log")
-    axes.set(xlabel=x, ylabel=y, title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(WIDTH * len(panels), HEIGHT), squeeze=False
+    )
+    for panel, place in zip(panels, axes[0], strict=True):
+        _fill(place, panel)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(file, dpi=150)
     plt.close(figure)
     print(f"figure: {file}")
+
+
+def _fill(axes: Axes, panel: Panel) -> None:
+    for curve in panel.curves:
+        good = [(x, y) for x, y in curve.points if math.isfinite(y)]
+        lost = [x for x, y in curve.points if not math.isfinite(y)]
+        (line,) = axes.plot(
+            [x for x, _ in good], [y for _, y in good], "o-", ms=4, label=curve.name
+        )
+        foot = axes.get_xaxis_transform()
+        axes.plot(
+            lost, [0.02] * len(lost), "x", color=line.get_color(), clip_on=False, transform=foot
+        )
+    if panel.log_x:
+        axes.set_xscale("log")
+    axes.set(xlabel=panel.x, ylabel=panel.y, title=panel.title)
+    axes.grid(alpha=0.3)
+    axes.legend()

@@ -20,12 +20,12 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from fixup_core.errors import UserError
+from vision.cli import RUNS
 from vision.data import VisionData
 from vision.lit_classifier import DivergedError, LitClassifier
-from vision.plots import Curve, draw
+from vision.plots import Curve, Panel, draw
 
 PAPER_METHODS = ("fixup", "batchnorm", "xavier", "lsuv")
-RUNS = Path("runs/vision")
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def depth(
     table = run_points(points, recipe, output / "points.csv")
     curves = _curves(table, points, "depth", "test_accuracy", "method")
     title = f"test accuracy after {recipe.epochs} epoch(s), lr {lr:g}"
-    draw(curves, output / "depth.png", x="layers", y="test accuracy", title=title, log_x=True)
+    draw([Panel(curves, "layers", "test accuracy", title, log_x=True)], output / "depth.png")
 
 
 def lr(
@@ -244,7 +244,7 @@ def lr(
     table = run_points(points, recipe, output / "points.csv")
     curves = _curves(table, points, "lr", "train_loss", "method")
     title = f"{net} after {recipe.epochs} epoch(s)"
-    draw(curves, output / "lr.png", x="learning rate", y="train loss", title=title, log_x=True)
+    draw([Panel(curves, "learning rate", "train loss", title, log_x=True)], output / "lr.png")
 
 
 def degradation(
@@ -276,7 +276,7 @@ def degradation(
     names = {"shortcut=none": "plain", "shortcut=A": "residual"}
     curves = [Curve(names[curve.name], curve.points) for curve in curves]
     title = f"{method}, {recipe.epochs} epoch(s)"
-    draw(curves, output / "degradation.png", x="layers", y="train loss", title=title)
+    draw([Panel(curves, "layers", "train loss", title)], output / "degradation.png")
 
 
 def lesion(
@@ -321,13 +321,8 @@ def lesion(
         writer.writerows(rows)
     whole = [(float(number), rows[0][1]) for number, _ in rows[1:]]
     curves = [Curve("whole network", whole), Curve("without the block", rows[1:])]
-    draw(
-        curves,
-        output / "lesion.png",
-        x="block left out",
-        y="test accuracy",
-        title=f"{model.options.net}, {model.options.method}",
-    )
+    title = f"{model.options.net}, {model.options.method}"
+    draw([Panel(curves, "block left out", "test accuracy", title)], output / "lesion.png")
 
 
 COMMANDS: dict[str, Any] = {"depth": depth, "lr": lr, "degradation": degradation, "lesion": lesion}

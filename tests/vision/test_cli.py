@@ -59,8 +59,7 @@ def test_a_run_leaves_one_folder_and_can_be_tested_and_predicted(tmp_path: Path)
     _fit(tmp_path, "--trainer.max_epochs", "1", "--model.mixup", "0.2")
     names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt", "augmented.png"} <= names
-    best = str(tmp_path / "checkpoints" / "best.ckpt")
-    place = ("--trainer.default_root_dir", str(tmp_path), "--ckpt_path", best)
+    place = ("--trainer.default_root_dir", str(tmp_path), "--ckpt_path", "best")
     scores = VisionCLI(["test", *TINY, *place]).trainer.callback_metrics
     assert {"test/accuracy", "test/accuracy_top5", "test/calibration_error", "test/loss"} <= set(
         scores

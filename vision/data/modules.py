@@ -1,5 +1,5 @@
-"""Data modules: ``Digits``, ``CIFAR10``, ``CIFAR100``, ``SVHN`` and ``PackedFolder`` in memory,
-``ImageFolderData`` and ``ImageNet`` through worker processes.
+"""Data modules: ``Digits``, ``CIFAR10``, ``CIFAR100`` and ``SVHN`` in memory, ``ImageFolderData``
+and ``ImageNet`` through worker processes.
 
 The validation set is cut out of the training set, by a seed; the test set is read by ``test`` and
 ``predict`` alone.
@@ -59,8 +59,8 @@ class VisionData(L.LightningDataModule):
             world_size=world,
         )
 
-    def split(self, size: int) -> tuple[Tensor, Tensor]:
-        """Indices of the training and validation images.
+    def split(self, size: int, train_size: int = 0) -> tuple[Tensor, Tensor]:
+        """Indices of the training and validation images; of the former ``train_size``, if not 0.
 
         Raises:
             UserError: ``val_size`` leaves no image to train on.
@@ -71,7 +71,8 @@ class VisionData(L.LightningDataModule):
                 "images that are cut out of the training set for validation"
             )
         order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))
-        return order[self.val_size :].sort().values, order[: self.val_size].sort().values
+        val, train = order[: self.val_size], order[self.val_size :]
+        return train[: train_size or None].sort().values, val.sort().values
 
     def loader(self, part: str) -> Loader:
         """The batches of "train", "val" or "test"."""
@@ -120,9 +121,7 @@ class TensorData(VisionData):
         """Read what ``stage`` ("fit", "validate", "test" or "predict") needs."""
         if stage in ("fit", "validate") and "train" not in self.parts:
             whole = self.load(train=True)
-            train, val = self.split(len(whole))
-            if self.train_size:
-                train = train[: self.train_size]
+            train, val = self.split(len(whole), self.train_size)
             self.parts |= {"train": whole.take(train), "val": whole.take(val)}
         if stage in ("test", "predict") and "test" not in self.parts:
             self.parts["test"] = self.load(train=False)

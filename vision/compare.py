@@ -1,0 +1,110 @@
+"""Runs side by side: ``python -m vision compare RUN RUN ...`` and ``python -m vision demo``.
+
+A run is the folder that ``python -m vision fit`` leaves; the numbers are those of its log.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fixup_core.errors import UserError
+from vision.cli import RUNS, VisionCLI
+from vision.plots import Curve, Panel, draw
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "vision"
+DEMO = ("digits_fixup_resnet20", "digits_batchnorm_resnet20")
+TABLE = "{:40} {:>7} {:>11} {:>14} {:>14}"
+
+
+@dataclass
+class Run:
+    """What a run's log holds.
+
+    Attributes:
+        name: Of its folder.
+        metrics: Name of the metric, epoch, value; a run that went on overwrites what it repeated.
+    """
+
+    name: str
+    metrics: dict[str, dict[int, float]] = field(default_factory=dict)
+
+    def last(self, metric: str) -> float:
+        """The newest value; not a number where there is none."""
+        values = self.metrics.get(metric, {})
+        return values[max(values)] if values else float("nan")
+
+    def curve(self, metric: str, name: str) -> Curve:
+        points = sorted(self.metrics.get(metric, {}).items())
+        return Curve(name, [(epoch + 1, value) for epoch, value in points])
+
+
+def read_run(folder: Path) -> Run:
+    """The metrics of a run, by epoch.
+
+    Raises:
+        UserError: The folder holds none.
+    """
+    run = Run(folder.name)
+    for file in sorted(folder.glob("metrics/version_*/metrics.csv"), key=_version):
+        with file.open(newline="") as lines:
+            for row in csv.DictReader(lines):
+                for name, value in row.items():
+                    if value and name not in ("epoch", "step"):
+                        run.metrics.setdefault(name, {})[int(row["epoch"])] = float(value)
+    if "train/loss" not in run.metrics:
+        raise UserError(f"{folder} holds no metrics of a training: give folders of fit's runs")
+    return run
+
+
+def compare(runs: Sequence[Path], output: Path) -> None:
+    """Print a table of finished runs and draw their curves.
+
+    Args:
+        runs: Folders of ``python -m vision fit``; test accuracy is shown where ``test`` was run.
+        output: The figure.
+    """
+    found = [read_run(folder) for folder in runs]
+    print(TABLE.format("run", "epochs", "train loss", "val accuracy", "test accuracy"))
+    for run in found:
+        best = max(run.metrics.get("val/accuracy", {0: float("nan")}).values())
+        test, loss = run.last("test/accuracy"), run.last("train/loss")
+        epochs = len(run.metrics["train/loss"])
+        cells = (f"{loss:.4f}", f"{best:.2%}", "-" if test != test else f"{test:.2%}")
+        print(TABLE.format(run.name, epochs, *cells))
+    draw(
+        [
+            Panel([run.curve(metric, run.name) for run in found], "epoch", metric, "")
+            for metric in ("train/loss", "val/accuracy")
+        ],
+        output,
+    )
+
+
+def demo(output: Path = RUNS / "demo") -> None:
+    """Train Fixup and BatchNorm on the built-in digits, test both, and compare them.
+
+    Args:
+        output: Folder of both runs and of ``curves.png``. A run that was cut off goes on, one that
+            is finished is not done again.
+    """
+    for name in DEMO:
+        _train_and_test(RECIPES / f"{name}.yaml", output / name)
+    compare([output / name for name in DEMO], output / "curves.png")
+
+
+def _train_and_test(recipe: Path, folder: Path) -> None:
+    line = ["--config", str(recipe), "--trainer.default_root_dir", str(folder)]
+    last, tested = folder / "checkpoints" / "last.ckpt", folder / "tested"
+    if tested.exists():
+        return
+    resume = ["--ckpt_path", str(last)] if last.exists() else []
+    VisionCLI(["fit", *line, *resume])
+    VisionCLI(["test", *line, "--ckpt_path", str(folder / "checkpoints" / "best.ckpt")])
+    tested.touch()
+
+
+def _version(file: Path) -> int:
+    return int(file.parent.name.removeprefix("version_"))
