@@ -320,7 +320,9 @@ def _write_(entry: _Entry, generator: Generator | None) -> None:
         bound = math.sqrt(3) * std
         parameter.uniform_(-bound, bound, generator=generator)
     elif entry.shape == "orthogonal":
-        nn.init.orthogonal_(parameter, generator=generator)
+        # PyTorch's wants a contiguous matrix, which channels_last weights are not.
+        drawn = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+        parameter.copy_(nn.init.orthogonal_(drawn, generator=generator))
     else:
         parameter.normal_(0.0, std, generator=generator)
     if entry.zero_row is not None:

@@ -145,7 +145,8 @@ class LitClassifier(L.LightningModule):
         self._evaluate(batch, self.val_metrics)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.val_metrics.compute(), prog_bar=True)
+        for name, value in self.val_metrics.compute().items():
+            self.log(name, value, prog_bar=name == "val/accuracy")
         self.val_metrics.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:

@@ -8,6 +8,7 @@ figure is drawn anew from the CSV at the end.
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import statistics
 import warnings
@@ -175,6 +176,7 @@ def image_options(data: VisionData) -> dict[str, Any]:
 
 def run_points(points: Iterable[Point], recipe: Recipe, file: Path) -> Table:
     """Compute the points that the table lacks."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # once a point is too often
     table = Table(file)
     points = list(points)
     for number, point in enumerate(points, 1):

@@ -84,12 +84,12 @@ def _fit(folder: Path, *more: str) -> None:
     line = ["--config", str(ROOT / "recipes/vision/digits_fixup_resnet20.yaml")]
     line += ["--model.net", "cifar_resnet8", "--trainer.max_epochs", "2"]
     line += ["--data.train_size", "128", "--trainer.default_root_dir", str(folder)]
-    VisionCLI(["fit", *line, "--trainer.enable_progress_bar", "false", *more])
+    VisionCLI(["fit", *line, "--trainer.log_every_n_steps", "1", *more])
 
 
 def test_lesion_and_comparison_of_a_finished_run(tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
-    _fit(run)
+    _fit(run, "--data.batch_size", "16", "--model.warmup_epochs", "0")
     sweep.lesion(run / "checkpoints" / "last.ckpt", Digits(), tmp_path, accelerator="cpu")
     rows = _rows(tmp_path / "lesion.csv")
     assert [row["block left out (-1: none)"] for row in rows] == ["-1", "0", "1", "2"]
