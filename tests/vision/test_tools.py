@@ -89,7 +89,7 @@ def _fit(folder: Path, *more: str) -> None:
 
 def test_lesion_and_comparison_of_a_finished_run(tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
-    _fit(run, "--data.batch_size", "16", "--model.warmup_epochs", "0")
+    _fit(run, "--data.batch_size", "16", "--model.method", "batchnorm")
     sweep.lesion(run / "checkpoints" / "last.ckpt", Digits(), tmp_path, accelerator="cpu")
     rows = _rows(tmp_path / "lesion.csv")
     assert [row["block left out (-1: none)"] for row in rows] == ["-1", "0", "1", "2"]
