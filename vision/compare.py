@@ -52,7 +52,8 @@ def read_run(folder: Path) -> Run:
         with file.open(newline="") as lines:
             for row in csv.DictReader(lines):
                 for name, value in row.items():
-                    if value and name not in ("epoch", "step"):
+                    # The learning rate's rows have no epoch.
+                    if value and row["epoch"] and name not in ("epoch", "step"):
                         run.metrics.setdefault(name, {})[int(row["epoch"])] = float(value)
     if "train/loss" not in run.metrics:
         raise UserError(f"{folder} holds no metrics of a training: give folders of fit's runs")
