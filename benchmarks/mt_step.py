@@ -33,9 +33,14 @@ from omegaconf import OmegaConf
 
 import fixup_mt  # noqa: F401 (registers the models)
 
+PRE_NORM = {
+    "_name": "transformer",
+    "encoder_normalize_before": True,
+    "decoder_normalize_before": True,
+}
 CONTESTANTS: dict[str, tuple[dict[str, Any], bool]] = {
-    "LayerNorm float32": ({"_name": "transformer", "encoder_normalize_before": True}, False),
-    "LayerNorm bf16": ({"_name": "transformer", "encoder_normalize_before": True}, True),
+    "LayerNorm float32": (PRE_NORM, False),
+    "LayerNorm bf16": (PRE_NORM, True),
     "Fixup float32": ({"_name": "transformer_fixup"}, False),
     "Fixup bf16": ({"_name": "transformer_fixup", "fixup_autocast": "bf16"}, False),
 }
@@ -93,7 +98,7 @@ def _step(
 
 
 def _sizes(args: argparse.Namespace) -> dict[str, Any]:
-    return {"dropout": 0.3, "decoder_normalize_before": True} | {
+    return {"dropout": 0.3} | {
         f"{side}_{name}": value
         for side in ("encoder", "decoder")
         for name, value in (

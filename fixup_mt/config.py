@@ -163,6 +163,7 @@ def nested(cfg: DictConfig | Namespace) -> TransformerConfig:
 
 def optimizer_name(cfg: DictConfig | Namespace) -> str:
     """The optimiser's name in fairseq; "adam" when a model is built without an optimiser."""
+    # Without a configuration around it the interpolation ${optimizer} refers to itself.
     standing_alone = OmegaConf.is_config(cfg) and cfg._get_root() is cfg
     if standing_alone and OmegaConf.is_interpolation(cfg, "optimizer"):
         return "adam"
