@@ -26,12 +26,16 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python -m fixup_mt demo
+	$(BIN)/python -m vision demo
+
+# Most tests are commands in processes of their own, one thread each; a worker for a core.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: setup
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(TEST) -m slow
 
 check: setup
 	$(BIN)/ruff check .
