@@ -193,9 +193,9 @@ class _Plan:
 
     def rows(self) -> tuple[Row, ...]:
         """In the order of the model's parameters."""
-        kept = {key: Row(self.names[key], "kept") for key in self.kept if key in self.names}
-        written = {key: entry.row for key, entry in self.entries.items()}
-        return tuple((written | kept)[key] for key in self.names)
+        rows = {key: entry.row for key, entry in self.entries.items()}
+        rows |= {key: Row(self.names[key], "kept") for key in self.kept if key in self.names}
+        return tuple(rows[key] for key in self.names)
 
     def add_scalars(self) -> None:
         for scalar in scalars(self.model):
