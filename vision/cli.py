@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -53,12 +54,18 @@ class VisionCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """One option of our own."""
+        """Two options of our own."""
         parser.add_argument(
             "--checkpoint_every",
             type=int,
             default=0,
             help="also save last.ckpt after every so many steps (0: after every epoch alone)",
+        )
+        parser.add_argument(
+            "--threads",
+            type=int,
+            default=0,
+            help="CPU threads of each process (0: as PyTorch finds best); small networks want one",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -67,6 +74,8 @@ class VisionCLI(LightningCLI):
         ``best`` and ``last`` are the checkpoints of that folder, for every subcommand.
         """
         options = self._options()
+        if options.threads > 0:
+            torch.set_num_threads(options.threads)
         trainer = options.trainer
         if trainer.default_root_dir is None:
             trainer.default_root_dir = str(RUNS / self._name())

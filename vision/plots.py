@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -61,12 +62,17 @@ def _fill(axes: Axes, panel: Panel) -> None:
         (line,) = axes.plot(
             [x for x, _ in good], [y for _, y in good], "o-", ms=4, label=curve.name
         )
-        foot = axes.get_xaxis_transform()
-        axes.plot(
-            lost, [0.02] * len(lost), "x", color=line.get_color(), clip_on=False, transform=foot
-        )
+        if lost:
+            _mark(axes, lost, line.get_color())
     if panel.log_x:
         axes.set_xscale("log")
     axes.set(xlabel=panel.x, ylabel=panel.y, title=panel.title)
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def _mark(axes: Axes, xs: Sequence[float], colour: Any) -> None:
+    """Crosses at the foot of the figure, which would confuse its layout."""
+    foot = axes.get_xaxis_transform()
+    (crosses,) = axes.plot(xs, [0.02] * len(xs), "x", color=colour, clip_on=False, transform=foot)
+    crosses.set_in_layout(False)
