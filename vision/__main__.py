@@ -34,7 +34,9 @@ def _compare(argv: list[str]) -> None:
 
 def _tool(functions: Any, name: str) -> Callable[[list[str]], object]:
     program = f"python -m vision {name}"
-    return lambda argv: auto_cli(functions, args=argv, parser_class=Parser, prog=program)
+    return lambda argv: auto_cli(
+        functions, as_positional=False, args=argv, parser_class=Parser, prog=program
+    )
 
 
 TOOLS: dict[str, Callable[[list[str]], object]] = {

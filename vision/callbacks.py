@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from fixup_core.errors import UserError
 from vision.data.batches import Batch
 
 LEGIBLE = 32
@@ -43,10 +45,32 @@ class AugmentedImages(Callback):
                 logger.experiment.add_image("augmented", grid, 0)
 
 
+class SameOptions(Callback):
+    """A run goes on with the options it was started with: Lightning restores its old rates."""
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Hold the given options against the checkpoint's.
+
+        Raises:
+            UserError: One differs.
+        """
+        given = pl_module.hparams if trainer.state.fn == "fit" else {}
+        for name, value in checkpoint["hyper_parameters"].items():
+            if name in given and _plain(value) != _plain(given[name]):
+                raise UserError(
+                    f"the run was started with --model.{name} {value}: go on with the same, or "
+                    "start another in another --trainer.default_root_dir"
+                )
+
+
 class PredictionTable(Callback):
     """Writes ``predictions.csv``: number, most likely class and its probability, for each image."""
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.world_size > 1:
+            raise UserError("predict writes one table: give it --trainer.devices 1")
         self.batches: list[Tensor] = []
 
     def on_predict_batch_end(
@@ -69,3 +93,7 @@ class PredictionTable(Callback):
             rows = zip(classes.tolist(), probabilities.tolist(), strict=True)
             writer.writerows((n, label, f"{p:.6f}") for n, (label, p) in enumerate(rows))
         print(f"predictions of {len(classes)} images: {file}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -12,13 +12,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from fixup_core.errors import UserError
-from vision.callbacks import AugmentedImages, PredictionTable
+from vision.callbacks import AugmentedImages, PredictionTable, SameOptions
 from vision.data import VisionData
 from vision.errors import Parser
 from vision.lit_classifier import LitClassifier
@@ -48,7 +49,7 @@ class VisionCLI(LightningCLI):
             parser_kwargs={"prog": "python -m vision", "description": HELP},
             auto_configure_optimizers=False,
             seed_everything_default=1,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SavedConfig,
             trainer_defaults={"use_distributed_sampler": False, "deterministic": True},
             args=args,
         )
@@ -71,7 +72,11 @@ class VisionCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Name the run's folder; without it, loggers and checkpoints would number their own.
 
-        ``best`` and ``last`` are the checkpoints of that folder, for every subcommand.
+        ``best`` and ``last`` are the checkpoints of that folder, for every subcommand; all but fit
+        take ``best`` where none is named.
+
+        Raises:
+            UserError: No such checkpoint, or a new run in the folder of another.
         """
         options = self._options()
         if options.threads > 0:
@@ -79,24 +84,41 @@ class VisionCLI(LightningCLI):
         trainer = options.trainer
         if trainer.default_root_dir is None:
             trainer.default_root_dir = str(RUNS / self._name())
-        if options.get("ckpt_path") in ("best", "last"):
-            file = Path(trainer.default_root_dir, "checkpoints", f"{options.ckpt_path}.ckpt")
-            if not file.exists():
-                raise UserError(f"{file} does not exist: check --trainer.default_root_dir")
-            options.ckpt_path = str(file)
+        checkpoints = Path(trainer.default_root_dir, "checkpoints")
+        chosen = options.ckpt_path or ("" if self.subcommand == "fit" else "best")
+        if chosen in ("best", "last"):
+            options.ckpt_path = str(checkpoints / f"{chosen}.ckpt")
+            if not Path(options.ckpt_path).exists():
+                raise UserError(
+                    f"{options.ckpt_path} does not exist: check --trainer.default_root_dir, or "
+                    "name a file in --ckpt_path"
+                )
+        if not chosen and (checkpoints / "last.ckpt").exists():
+            raise UserError(
+                f"{trainer.default_root_dir} holds a run: go on with it by --ckpt_path last, or "
+                "give another --trainer.default_root_dir"
+            )
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the checkpoint's options silently overrule those that are given."""
 
     def instantiate_trainer(self, **options: Any) -> Any:
         """The trainer, with the loggers and callbacks that every run has."""
         chosen = self._options()
         root = Path(chosen.trainer.default_root_dir)
         if chosen.trainer.logger in (None, True):
-            options["logger"] = [
-                TensorBoardLogger(root, name="", version="tensorboard"),
-                CSVLogger(root, name="metrics"),
-            ]
+            options["logger"] = self._loggers(root, chosen.ckpt_path)
         every = chosen.get("checkpoint_every", 0)
         self.trainer_defaults["callbacks"] = _callbacks(root / "checkpoints", every)
         return super().instantiate_trainer(**options)
+
+    def _loggers(self, root: Path, checkpoint: str | None) -> list[Logger]:
+        """Of a training, or of the scores of the run's own checkpoints; of no others."""
+        if self.subcommand == "fit":
+            board = TensorBoardLogger(root, name="", version="tensorboard")
+            return [board, CSVLogger(root, name="metrics")]
+        own = Path(checkpoint or "").resolve().is_relative_to(root.resolve())
+        return [CSVLogger(root, name=self.subcommand)] if own else []
 
     def _options(self) -> Any:
         return self.config[self.subcommand] if self.subcommand else self.config
@@ -108,6 +130,19 @@ class VisionCLI(LightningCLI):
         return f"{data}-{model.net}-{model.method}-seed{options.seed_everything}"
 
 
+class SavedConfig(SaveConfigCallback):
+    """Writes a training's resolved options to ``config.yaml`` in the run's folder."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Not yet: the options have not been held against the checkpoint's."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            file = Path(trainer.default_root_dir) / "config.yaml"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, file, overwrite=True, multifile=False)
+
+
 def _callbacks(folder: Path, every: int) -> list[Any]:
     def last(**when: Any) -> ModelCheckpoint:
         return ModelCheckpoint(folder, "last", enable_version_counter=False, **when)
@@ -116,5 +151,5 @@ def _callbacks(folder: Path, every: int) -> list[Any]:
         folder, "best", monitor="val/accuracy", mode="max", enable_version_counter=False
     )
     during = [last(every_n_train_steps=every)] if every else []
-    pictures = [LearningRateMonitor("epoch"), AugmentedImages(), PredictionTable()]
+    pictures = [LearningRateMonitor("epoch"), AugmentedImages(), PredictionTable(), SameOptions()]
     return [*pictures, best, last(every_n_epochs=1), *during]

@@ -48,7 +48,8 @@ def read_run(folder: Path) -> Run:
         UserError: The folder holds none.
     """
     run = Run(folder.name)
-    for file in sorted(folder.glob("metrics/version_*/metrics.csv"), key=_version):
+    files = [file for kind in ("metrics", "test") for file in _logs(folder / kind)]
+    for file in files:
         with file.open(newline="") as lines:
             for row in csv.DictReader(lines):
                 for name, value in row.items():
@@ -107,5 +108,7 @@ def _train_and_test(recipe: Path, folder: Path) -> None:
     tested.touch()
 
 
-def _version(file: Path) -> int:
-    return int(file.parent.name.removeprefix("version_"))
+def _logs(folder: Path) -> list[Path]:
+    """Oldest first: every start of a command writes one."""
+    versions = {int(file.parent.name[8:]): file for file in folder.glob("version_*/metrics.csv")}
+    return [versions[number] for number in sorted(versions)]

@@ -10,6 +10,7 @@ import sys
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fixup_core.errors import Advice, one_line
 from vision.data import VisionData
@@ -30,6 +31,16 @@ KNOWN: tuple[Advice, ...] = (
         "",
         "not a checkpoint that can be loaded safely: it is damaged, or holds objects of other "
         "classes than this project's checkpoints do",
+    ),
+    (MisconfigurationException, "", "{error}"),
+    (EOFError, "", "the checkpoint is empty: take another file of the same folder"),
+    (KeyError, r"^\d+$", "not a checkpoint: check --ckpt_path"),
+    (IsADirectoryError, "", "{filename} is a folder: give a file"),
+    (FileExistsError, "", "{filename} is a file: give a folder"),
+    (
+        RuntimeError,
+        r"to have \d+ channels, but got",
+        "the images have another number of channels than --model.options.in_channels",
     ),
     (FileNotFoundError, "Checkpoint file not found", "{error}: check --ckpt_path"),
     (FileNotFoundError, "", "{filename} does not exist: check the path"),
@@ -53,7 +64,8 @@ class Parser(LightningArgumentParser):
         if not wrong:
             return ""
         name = (wrong[1] or f"--data.{wrong[2]}").split("=")[0]
-        near = difflib.get_close_matches(name, sorted(self._options()), n=1, cutoff=0.5)
+        options = sorted(self._options() - {name, "--help"})
+        near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
         return f"; did you mean {near[0]}?" if near else "; see --help"
 
     def _options(self) -> set[str]:

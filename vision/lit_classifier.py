@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from fixup_core import SCALAR_LR_RATIO, param_groups
 from fixup_core.errors import UserError
 from vision.data import VisionData
-from vision.data.batches import Batch
+from vision.data.batches import Batch, mix
 from vision.mixing import blend
 from vision.nets import METHODS, build_net, initialise_
 
@@ -76,7 +76,10 @@ class LitClassifier(L.LightningModule):
         if channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
         self.train_metrics = MetricCollection(
-            {"loss": MeanMetric(), "accuracy": MulticlassAccuracy(num_classes, average="micro")},
+            {
+                "loss": MeanMetric(nan_strategy="disable"),
+                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+            },
             prefix="train/",
         )
         self.val_metrics = _metrics(num_classes, "val/")
@@ -93,7 +96,8 @@ class LitClassifier(L.LightningModule):
         return cast(Any, self.trainer).datamodule
 
     def setup(self, stage: str) -> None:
-        """Hold the data's number of classes against the network's.
+        """Hold the data's number of classes against the network's; look at data where the
+        initialisation does.
 
         Raises:
             UserError: They differ.
@@ -104,15 +108,15 @@ class LitClassifier(L.LightningModule):
                 f"the data have {found} classes, --model.num_classes is "
                 f"{self.options.num_classes}: make them equal"
             )
+        new = stage == "fit" and not self.trainer.ckpt_path
+        if new and METHODS[self.options.method].batch:
+            self._initialise_on_data()
 
-    def on_fit_start(self) -> None:
-        """An initialisation that looks at data is done on the first batch of a new run."""
-        method = METHODS[self.options.method]
-        if not method.batch or self.trainer.ckpt_path:
-            return
-        batch = next(iter(self.data.train_dataloader()))
+    def _initialise_on_data(self) -> None:
+        """The same on every process: they all look at the whole first batch."""
+        batch = next(iter(self.data.loader("train", alone=True)))
         images = self.data.on_after_batch_transfer(batch, 0).images
-        initialise_(self.net, method, images.to(self.device))
+        initialise_(self.net, METHODS[self.options.method], images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
@@ -121,21 +125,37 @@ class LitClassifier(L.LightningModule):
         return self.net(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # Dropout follows the batch: a run that goes on draws what an uninterrupted one does.
+        torch.manual_seed(mix(batch.seed, 2, self.global_rank))
         mixed = blend(batch, mixup=self.options.mixup, cutmix=self.options.cutmix)
         logits = self(mixed.images).float()
         loss = mixed.loss(logits, self.options.label_smoothing)
-        if not torch.isfinite(loss):
-            raise DivergedError(
-                f"training diverged at step {self.global_step}: the loss is {loss.item()}. Lower "
-                "--model.lr, raise --model.warmup_epochs or set --trainer.gradient_clip_val; the "
-                "checkpoints written so far are good"
-            )
+        self._stop_unless_finite(loss, "the loss")
         # With mixup the accuracy counts the label of the larger share.
         target = mixed.labels if mixed.share >= 0.5 else mixed.others
         self.train_metrics["loss"].update(loss.detach(), weight=len(logits))
         self.train_metrics["accuracy"].update(logits.detach(), target)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
+
+    def _stop_unless_finite(self, value: Tensor, name: str) -> None:
+        """On all processes, where one of them finds something else.
+
+        Raises:
+            DivergedError: It is not finite.
+        """
+        finite = bool(torch.isfinite(value).all())
+        if not self.trainer.strategy.reduce_boolean_decision(finite):
+            raise DivergedError(
+                f"training diverged at step {self.global_step}: {name} is not finite. Lower "
+                "--model.lr, raise --model.warmup_epochs or set --trainer.gradient_clip_val; the "
+                "checkpoints written before are kept"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Nothing that has diverged is saved."""
+        norms = [parameter.detach().norm() for parameter in self.parameters()]
+        self._stop_unless_finite(torch.stack(norms), "a weight")
 
     def on_train_epoch_end(self) -> None:
         self.log_dict(self.train_metrics.compute(), sync_dist=False)
@@ -145,7 +165,10 @@ class LitClassifier(L.LightningModule):
         self._evaluate(batch, self.val_metrics)
 
     def on_validation_epoch_end(self) -> None:
-        for name, value in self.val_metrics.compute().items():
+        values = self.val_metrics.compute()
+        if self.trainer.state.fn == "fit":  # before it could count as the best
+            self._stop_unless_finite(values["val/loss"], "the validation loss")
+        for name, value in values.items():
             self.log(name, value, prog_bar=name == "val/accuracy")
         self.val_metrics.reset()
 
@@ -164,11 +187,13 @@ class LitClassifier(L.LightningModule):
         if not len(batch.labels):  # an incomplete last batch, shared by several processes
             return
         logits = self(batch.images).float()
+        # Given logits, the calibration error would take those in 0..1 for probabilities.
+        probabilities = logits.softmax(dim=1)
         for name, metric in metrics.items(keep_base=True):
             if name == "loss":
                 metric.update(F.cross_entropy(logits, batch.labels), weight=len(logits))
             else:
-                metric.update(logits, batch.labels)
+                metric.update(probabilities, batch.labels)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with the scalars in a group of their own, its rate set before every step."""
@@ -185,6 +210,7 @@ class LitClassifier(L.LightningModule):
             momentum=options.momentum,
             nesterov=options.nesterov,
         )
+        self.steps_per_epoch = self._steps_per_epoch()
         scheduler = LambdaLR(optimizer, self.rate)
         return {
             "optimizer": optimizer,
@@ -193,26 +219,39 @@ class LitClassifier(L.LightningModule):
 
     def rate(self, step: int) -> float:
         """The learning rate of a step over the peak rate, in 0..1."""
-        options, epoch = self.options, step / self._steps_per_epoch()
-        share = epoch / (self.trainer.max_epochs or 1)
+        options, epoch = self.options, step / self.steps_per_epoch
         warm = min(1.0, (epoch / options.warmup_epochs)) if options.warmup_epochs else 1.0
         if options.schedule == "step":
             return warm * 0.1 ** sum(epoch >= milestone for milestone in options.milestones)
         if options.schedule == "cosine":
-            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self._all_steps())))
         return warm
+
+    def _all_steps(self) -> int:
+        """Where the training ends.
+
+        Raises:
+            UserError: Nowhere.
+        """
+        epochs, steps = self.trainer.max_epochs or -1, self.trainer.max_steps
+        limits = [limit for limit in (epochs * self.steps_per_epoch, steps) if limit > 0]
+        if not limits:
+            raise UserError("--model.schedule cosine needs an end: set --trainer.max_epochs")
+        return min(limits)
 
     def _steps_per_epoch(self) -> int:
         """Not Lightning's estimate of all steps, which makes the loader too early to be resumed."""
         trainer = self.trainer
         batches, limit = len(self.data.train_dataloader()), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        if not batches:
+            raise UserError("no batch to train on: raise --trainer.limit_train_batches")
         return math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:
     metrics: dict[str, Metric | MetricCollection] = {
-        "loss": MeanMetric(),
+        "loss": MeanMetric(nan_strategy="disable"),
         "accuracy": MulticlassAccuracy(num_classes, average="micro"),
         "calibration_error": MulticlassCalibrationError(num_classes),
     }

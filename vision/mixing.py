@@ -42,8 +42,10 @@ def blend(batch: Batch, *, mixup: float, cutmix: float) -> Mixed:
     """Blend a batch by mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019).
 
     The share is drawn from Beta(alpha, alpha) once for the batch. With both, each has every second
-    batch, by chance. All draws follow the batch's seed; the partners are drawn among the images
-    of this process.
+    batch, by chance. All draws follow the batch's seed.
+
+    Differs: the partners are not drawn; neighbours in the batch, which is in random order, are each
+    other's. So several processes blend what one would, as long as each has an even number.
 
     Args:
         batch: Prepared images.
@@ -62,7 +64,7 @@ def blend(batch: Batch, *, mixup: float, cutmix: float) -> Mixed:
     cuts = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
     alpha = cutmix if cuts else mixup
     share = float(rng.beta(alpha, alpha))
-    partners = torch.from_numpy(rng.permutation(len(images))).to(images.device)
+    partners = _neighbours(batch).to(images.device)
     if cuts:
         rows, columns = _box(images.shape[2:], share, rng)
         images = images.clone()
@@ -72,6 +74,14 @@ def blend(batch: Batch, *, mixup: float, cutmix: float) -> Mixed:
     else:
         images = share * images + (1 - share) * images[partners]
     return Mixed(images, labels, labels[partners], share)
+
+
+def _neighbours(batch: Batch) -> Tensor:
+    """For each image the place of its partner; one whose partner is not there is its own."""
+    places = torch.arange(len(batch.labels)) + batch.first
+    partners = (places ^ 1) - batch.first
+    there = (partners >= 0) & (partners < len(places))
+    return torch.where(there, partners, places - batch.first)
 
 
 def _box(size: torch.Size, share: float, rng: np.random.Generator) -> tuple[slice, slice]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import re
 import statistics
 import warnings
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,7 @@ from fixup_core.errors import UserError
 from vision.cli import RUNS
 from vision.data import VisionData
 from vision.lit_classifier import DivergedError, LitClassifier
+from vision.nets import check_net
 from vision.plots import Curve, Panel, draw
 
 PAPER_METHODS = ("fixup", "batchnorm", "xavier", "lsuv")
@@ -179,6 +181,10 @@ def run_points(points: Iterable[Point], recipe: Recipe, file: Path) -> Table:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # once a point is too often
     table = Table(file)
     points = list(points)
+    if not points:
+        raise UserError("there is nothing to train: give depths, methods and seeds")
+    for net, method, options in sorted({(p.net, p.method, p.options) for p in points}):
+        check_net(net, method=method, **dict(pair.split("=") for pair in options.split()))
     for number, point in enumerate(points, 1):
         if point in table.rows:
             continue
@@ -331,8 +337,10 @@ COMMANDS: dict[str, Any] = {"depth": depth, "lr": lr, "degradation": degradation
 
 
 def _depth_of(net: str) -> int:
-    digits = "".join(c for c in net.split("_")[1] if c.isdigit())
-    return int(digits)
+    number = re.search(r"\d+", net)
+    if number is None:
+        raise UserError(f"there is no network {net!r}: names are like cifar_resnet56")
+    return int(number[0])
 
 
 def _curves(table: Table, points: Sequence[Point], x: str, y: str, name: str) -> list[Curve]:

@@ -14,7 +14,7 @@ import torch
 from fixup_core.errors import UserError
 from tests.conftest import ENVIRONMENT, ROOT
 from vision.cli import VisionCLI
-from vision.lit_classifier import DivergedError
+from vision.lit_classifier import DivergedError, LitClassifier
 
 RECIPE = ROOT / "recipes" / "vision" / "digits_fixup_resnet20.yaml"
 TINY = (
@@ -98,9 +98,10 @@ def _readable_step(file: Path) -> int:
 
 
 def test_two_processes_equal_one_with_the_same_batch(tmp_path: Path) -> None:
+    mixed = ("--model.mixup", "0.5", "--model.cutmix", "0.5")
     runs = [
-        _start(tmp_path / "one"),
-        _start(tmp_path / "two", "--trainer.devices", "2", "--trainer.strategy", "ddp"),
+        _start(tmp_path / "one", *mixed),
+        _start(tmp_path / "two", *mixed, "--trainer.devices", "2", "--trainer.strategy", "ddp"),
     ]
     for run in runs:
         _finish(run)
@@ -110,12 +111,34 @@ def test_two_processes_equal_one_with_the_same_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(second["state_dict"][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_that_diverges_stops_at_once_and_its_checkpoints_are_good(tmp_path: Path) -> None:
+def test_a_run_that_diverges_stops_at_once_and_its_checkpoints_are_good(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(LitClassifier, "rate", lambda self, step: 1e30 if step >= 10 else 0.1)
+    with pytest.raises(DivergedError, match=r"diverged at step \d+: the loss is not finite"):
+        _fit(tmp_path)
+    for name in ("last.ckpt", "best.ckpt"):
+        assert _state(tmp_path, name)["global_step"] == 8
+
+
+@pytest.mark.parametrize("every", ["0", "1"])
+def test_weights_that_have_diverged_are_never_saved(every: str, tmp_path: Path) -> None:
+    """The last step of an epoch is the one that fails: the loss before it was finite."""
+    one = ("--trainer.limit_train_batches", "1", "--model.warmup_epochs", "0")
+    with pytest.raises(DivergedError):
+        _fit(tmp_path, *one, "--model.lr", "1e38", "--checkpoint_every", every)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_run_goes_on_with_its_own_options_alone(tmp_path: Path) -> None:
     _fit(tmp_path, "--trainer.max_epochs", "1")
-    before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
-    with pytest.raises(DivergedError, match=r"diverged at step \d+: the loss is"):
-        _fit(tmp_path, "--model.lr", "1e12")
-    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
+    with pytest.raises(UserError, match="holds a run: go on with it by --ckpt_path last"):
+        _fit(tmp_path)
+    with pytest.raises(UserError, match=r"started with --model\.lr 0\.1: go on with the same"):
+        _fit(tmp_path, "--ckpt_path", "last", "--model.lr", "0.2")
+    assert "lr: 0.1" in (tmp_path / "config.yaml").read_text()
+    _fit(tmp_path, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    assert _state(tmp_path)["global_step"] == 16
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,8 @@ class Seeded(Dataset[Any]):
 
 
 def _collate(items: list[Any]) -> Any:
-    return default_collate([item for item in items if item is not None])
+    left = [item for item in items if item is not None]
+    return default_collate(left) if left else (torch.empty(0), torch.empty(0, dtype=torch.long))
 
 
 def workers_source(

@@ -44,11 +44,10 @@ class VisionData(L.LightningDataModule):
         self.batch_size, self.val_size, self.seed = batch_size, val_size, seed
         self.parts: dict[str, Any] = {}
 
-    def order(self, size: int, *, train: bool) -> BatchOrder:
-        """The batches of this process."""
-        world, rank = (
-            (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        )
+    def order(self, size: int, *, train: bool, alone: bool = False) -> BatchOrder:
+        """The batches of this process; ``alone``: as if it were the only one."""
+        trainer = None if alone else self.trainer
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         return BatchOrder(
             size,
             self.batch_size,
@@ -72,12 +71,12 @@ class VisionData(L.LightningDataModule):
             )
         order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))
         val, train = order[: self.val_size], order[self.val_size :]
-        return train[: train_size or None].sort().values, val.sort().values
+        return train[: train_size or None].sort().values, val
 
-    def loader(self, part: str) -> Loader:
+    def loader(self, part: str, *, alone: bool = False) -> Loader:
         """The batches of "train", "val" or "test"."""
         data = self.parts[part]
-        order = self.order(len(data), train=part == "train")
+        order = self.order(len(data), train=part == "train", alone=alone)
         return Loader(order, self.source(data, order))
 
     def source(self, data: Any, order: BatchOrder) -> Any:
@@ -209,7 +208,10 @@ class CIFAR10(TensorData):
         """Download or pack, on one process of each machine."""
         if not self._is_tree() and not self.download:
             return
-        self.load(train=True), self.load(train=False)
+        if not self.root.exists() and self.root.suffix:
+            raise UserError(f"--data.root {self.root} does not exist")
+        testing = self.trainer is not None and self.trainer.state.fn in ("test", "predict")
+        self.load(train=not testing)
 
     def _is_tree(self) -> bool:
         return self.root.is_file() or (self.root / "train").is_dir()
@@ -220,10 +222,10 @@ class CIFAR10(TensorData):
             return sources.packed(self.root, split, self.cache, skip_corrupt=self.skip_corrupt)
         try:
             return sources.cifar(self.kind, self.root, train, self.download)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise UserError(
-                f"{self.root} holds neither torchvision's files nor train/<class>/ folders: "
-                "check --data.root, or let it be fetched with --data.download true"
+                f"{self.root} holds neither torchvision's files nor train/<class>/ folders, and "
+                f"they could not be fetched ({error}): check --data.root and --data.download"
             ) from error
 
 

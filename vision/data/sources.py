@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import lzma
+import os
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -98,7 +99,7 @@ def packed(source: Path, split: str, cache: Path, *, skip_corrupt: bool = False)
     if not file.exists():
         state = _decode(source, split, skip_corrupt)
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
+        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")  # others may pack it too
         torch.save(state, temporary)
         temporary.replace(file)
     images, labels, classes = torch.load(file, weights_only=True)
@@ -134,12 +135,15 @@ def unpacked(archive: Path, cache: Path) -> Path:
     folder = cache / _key(archive, "tree")
     if folder.exists():
         return folder
-    temporary = folder.with_suffix(".tmp")
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     with _open(archive) as tar:
         tar.extractall(temporary, filter="data")
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(temporary)
     return folder
 
 
@@ -217,7 +221,7 @@ def _archived(source: Path) -> Entries:
 
 def _lying(source: Path, split: str) -> Entries:
     for path in sorted((source / split).glob("*/")):
-        yield PurePosixPath(path), None
+        yield PurePosixPath(path.relative_to(source)), None
     for path in sorted((source / split).glob("*/*")):
         if path.is_file():
-            yield PurePosixPath(path), path.read_bytes()
+            yield PurePosixPath(path.relative_to(source)), path.read_bytes()

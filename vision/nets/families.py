@@ -144,20 +144,31 @@ def build_net(
         UserError: An unknown name, method or option, an impossible depth, or a method the network
             cannot take.
     """
-    family, numbers = _parse(name)
-    if method not in METHODS:
-        raise UserError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
+    net, family = _built(name, method, num_classes=num_classes, **options)
     chosen = METHODS[method]
-    try:
-        net = family.build(*numbers, method=chosen, num_classes=num_classes, **options)
-    except TypeError as error:
-        raise UserError(f"{name}: {error}") from error
     if chosen.batch and batch is None:
         channels, size = family.image
         size = options.get("image_size", size)
         batch = torch.randn(16, options.get("in_channels", channels), size, size)
     initialise_(net, chosen, batch)
     return net
+
+
+def check_net(name: str, *, method: str = "fixup", **options: Any) -> None:
+    """Raise what ``build_net`` would raise, without memory for weights."""
+    with torch.device("meta"):
+        _built(name, method, num_classes=10, **options)
+
+
+def _built(name: str, method: str, **options: Any) -> tuple[Network, Family]:
+    """The network, its weights not yet written, and its family."""
+    family, numbers = _parse(name)
+    if method not in METHODS:
+        raise UserError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
+    try:
+        return family.build(*numbers, method=METHODS[method], **options), family
+    except TypeError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def _parse(name: str) -> tuple[Family, list[int]]:
