@@ -158,6 +158,8 @@ class LitClassifier(L.LightningModule):
         self._stop_unless_finite(torch.stack(norms), "a weight")
 
     def on_train_epoch_end(self) -> None:
+        if not self.train_metrics["loss"].update_called:  # the run went on at the epoch's end
+            return
         self.log_dict(self.train_metrics.compute(), sync_dist=False)
         self.train_metrics.reset()
 
@@ -241,12 +243,10 @@ class LitClassifier(L.LightningModule):
 
     def _steps_per_epoch(self) -> int:
         """Not Lightning's estimate of all steps, which makes the loader too early to be resumed."""
-        trainer = self.trainer
-        batches, limit = len(self.data.train_dataloader()), trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        batches = self.data.train_dataloader().limit
         if not batches:
             raise UserError("no batch to train on: raise --trainer.limit_train_batches")
-        return math.ceil(batches / trainer.accumulate_grad_batches)
+        return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
 
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:

@@ -21,13 +21,18 @@ def _loader(batch_size: int = 6, **options) -> Loader:
     return Loader(order, TensorSource(IMAGES, LABELS, order))
 
 
-def _labels(loader: Loader, epoch: int = 0) -> list[list[int]]:
-    loader.sampler.set_epoch(epoch)
+def _labels(loader: Loader) -> list[list[int]]:
+    """Of the next epoch."""
     return [batch.labels.tolist() for batch in loader]
 
 
+def _epochs(count: int) -> list[list[list[int]]]:
+    loader = _loader()
+    return [_labels(loader) for _ in range(count)]
+
+
 def test_an_epoch_has_every_image_once_and_another_epoch_another_order() -> None:
-    first, second = _labels(_loader()), _labels(_loader(), epoch=1)
+    first, second = _epochs(2)
     assert [len(batch) for batch in first] == [6, 6, 6, 2] and len(_loader()) == 4
     assert sorted(chain(*first)) == sorted(chain(*second)) == list(range(20))
     assert first != second and first == _labels(_loader())
@@ -50,16 +55,15 @@ def test_processes_share_the_batches_of_one(world_size: int) -> None:
 @pytest.mark.parametrize("done", [1, 3])
 def test_a_loader_goes_on_in_the_middle_of_an_epoch(done: int) -> None:
     loader = _loader()
-    loader.sampler.set_epoch(2)
+    _labels(loader), _labels(loader)
     batches = iter(loader)
     seen = [next(batches) for _ in range(done)]
-    state = loader.state_dict()
     resumed = _loader()
-    resumed.load_state_dict(state)
-    rest = _labels(resumed, epoch=2)
-    whole = _labels(_loader(), epoch=2)
-    assert [batch.labels.tolist() for batch in seen] + rest == whole
-    assert _labels(resumed, epoch=3) == _labels(_loader(), epoch=3)  # the next epoch is whole
+    resumed.load_state_dict(loader.state_dict())
+    iter(resumed)  # nothing is taken: it counts for nothing
+    *_, whole, following = _epochs(4)
+    assert [batch.labels.tolist() for batch in seen] + _labels(resumed) == whole
+    assert _labels(resumed) == following
 
 
 def test_the_state_at_the_end_of_an_epoch_starts_the_next() -> None:
@@ -67,7 +71,25 @@ def test_the_state_at_the_end_of_an_epoch_starts_the_next() -> None:
     _labels(loader)
     resumed = _loader()
     resumed.load_state_dict(loader.state_dict())
-    assert _labels(resumed, epoch=1) == _labels(_loader(), epoch=1)
+    assert _labels(resumed) == _epochs(2)[1]
+
+
+def test_a_run_that_goes_on_with_an_epoch_is_told_its_number() -> None:
+    loader = _loader()
+    loader.sampler.set_epoch(2)
+    *_, third, fourth = _epochs(4)
+    assert _labels(loader) == third
+    loader.sampler.set_epoch(7)
+    assert _labels(loader) == fourth
+
+
+def test_an_epoch_ends_at_the_limit() -> None:
+    loader, resumed = _loader(), _loader()
+    loader.limit = resumed.limit = 2
+    batches = iter(loader)
+    next(batches), next(batches)
+    resumed.load_state_dict(loader.state_dict())
+    assert _labels(resumed) == _epochs(2)[1]
 
 
 def test_what_cannot_be_shared_out_is_told() -> None:

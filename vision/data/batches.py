@@ -95,7 +95,7 @@ class BatchOrder(Sampler[list[int]]):
         self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before every epoch."""
+        """Called by Lightning before every epoch; ``Loader`` heeds the first call alone."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -129,22 +129,31 @@ class BatchOrder(Sampler[list[int]]):
 class Loader:
     """Yields ``Batch`` after ``Batch``; its state is the epoch and the number of the next batch.
 
+    It counts the epochs itself, those that yield something. Lightning tells it where to begin: by a
+    saved state, or, at the beginning of an epoch, by its number alone. (Going on with a run that is
+    limited in steps, Lightning counts the epoch that was finished twice.)
+
     Args:
         order: Which images make up which batch.
         source: Anything that iterates over (images, labels) in that order.
+        limit: So many batches of an epoch are asked for; all by default.
     """
 
-    def __init__(self, order: BatchOrder, source: Any) -> None:
-        self.sampler, self.batch_sampler = order, None  # Lightning calls set_epoch on it
+    def __init__(self, order: BatchOrder, source: Any, limit: int | None = None) -> None:
+        self.sampler, self.batch_sampler = order, None  # Lightning looks for them
         self.source = source
-        self.next = 0
+        self.limit = len(order) if limit is None else limit
+        self.epoch, self.next, self.resumed = -1, 0, False
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
         order = self.sampler
-        self.next = number = order.start
+        if not self.resumed:
+            self.epoch, self.next = order.epoch if self.epoch < 0 else self.epoch + 1, 0
+        self.resumed, number = False, self.next
+        order.epoch, order.start = self.epoch, number
         for images, labels in self.source:
             self.next = number + 1
             first, _, total = order.part(number)
@@ -153,11 +162,12 @@ class Loader:
 
     def state_dict(self) -> dict[str, int]:
         """Where the run is: saved with a checkpoint."""
-        return {"next": self.next}
+        return {"epoch": self.epoch, "next": self.next}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next epoch begin at the saved batch."""
-        self.sampler.start = state["next"] % len(self)
+        """Let the next iteration begin at the saved batch, or with the epoch after it."""
+        self.epoch, self.next = state["epoch"], state["next"]
+        self.resumed = 0 < self.next < self.limit
 
 
 class TensorSource:

@@ -77,7 +77,13 @@ class VisionData(L.LightningDataModule):
         """The batches of "train", "val" or "test"."""
         data = self.parts[part]
         order = self.order(len(data), train=part == "train", alone=alone)
-        return Loader(order, self.source(data, order))
+        limit = self.batches_per_epoch(len(order)) if part == "train" else None
+        return Loader(order, self.source(data, order), limit)
+
+    def batches_per_epoch(self, batches: int) -> int:
+        """Of so many training batches those that --trainer.limit_train_batches leaves."""
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
     def source(self, data: Any, order: BatchOrder) -> Any:
         """What yields (images, labels) of ``data`` in that order."""
