@@ -22,6 +22,15 @@ from vision.data.batches import Batch, mix
 from vision.mixing import blend
 from vision.nets import METHODS, build_net, initialise_
 
+RANGES = (
+    ("num_classes", 2, math.inf),
+    ("lr", 0, math.inf),
+    ("weight_decay", 0, math.inf),
+    ("warmup_epochs", 0, math.inf),
+    ("label_smoothing", 0, 1),
+)
+"""Of the options that are numbers: name, lowest and highest value."""
+
 
 class DivergedError(UserError):
     """The loss is no longer finite; the run has been stopped before the weights were touched."""
@@ -72,6 +81,7 @@ class LitClassifier(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        _check_ranges(self.options)
         self.net = build_net(net, method=method, num_classes=num_classes, **(options or {}))
         if channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
@@ -222,7 +232,8 @@ class LitClassifier(L.LightningModule):
     def rate(self, step: int) -> float:
         """The learning rate of a step over the peak rate, in 0..1."""
         options, epoch = self.options, step / self.steps_per_epoch
-        warm = min(1.0, (epoch / options.warmup_epochs)) if options.warmup_epochs else 1.0
+        ahead = (step + 1) / self.steps_per_epoch  # the first step learns something too
+        warm = min(1.0, ahead / options.warmup_epochs) if options.warmup_epochs else 1.0
         if options.schedule == "step":
             return warm * 0.1 ** sum(epoch >= milestone for milestone in options.milestones)
         if options.schedule == "cosine":
@@ -247,6 +258,14 @@ class LitClassifier(L.LightningModule):
         if not batches:
             raise UserError("no batch to train on: raise --trainer.limit_train_batches")
         return math.ceil(batches / self.trainer.accumulate_grad_batches)
+
+
+def _check_ranges(options: Any) -> None:
+    for name, low, high in RANGES:
+        value = getattr(options, name)
+        if not low <= value <= high:
+            end = "upwards" if high == math.inf else f"to {high:g}"
+            raise UserError(f"--model.{name} is {value}: take a number from {low:g} {end}")
 
 
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:

@@ -148,6 +148,10 @@ def test_a_run_goes_on_with_its_own_options_alone(tmp_path: Path) -> None:
         (("--model.num_classes", "7"), "the data have 10 classes, --model.num_classes is 7"),
         (("--data.val_size", "0"), "--data.val_size is 0; take a number from 1 to 1347"),
         (("--model.mixup", "-1"), "0 or above"),
+        (("--model.lr", "-1"), "--model.lr is -1.0: take a number from 0 upwards"),
+        (("--model.label_smoothing", "3"), "take a number from 0 to 1"),
+        (("--model.options.dropout", "2"), "dropout is 2: take a number from 0 to below 1"),
+        (("--trainer.limit_train_batches", "0"), "no batch to train on"),
     ],
 )
 def test_mistakes_are_told(flags: tuple[str, ...], says: str, tmp_path: Path) -> None:

@@ -234,3 +234,11 @@ def test_every_family_has_an_example_that_parses() -> None:
 def test_ten_thousand_layers_build_in_half_a_minute() -> None:
     net = build_net("cifar_resnet10004", method="fixup")
     assert len(net.blocks()) == 5001
+
+
+def test_a_block_left_out_passes_its_shortcut_through_the_activation() -> None:
+    block = build_net("cifar_resnet8", method="none", shortcut="B").blocks()[1]
+    x = torch.randn(2, 16, 8, 8).relu()
+    with block.left_out():
+        torch.testing.assert_close(block(x), block.shortcut(x).relu())
+    assert not torch.equal(block(x), block.shortcut(x).relu())

@@ -137,8 +137,11 @@ class Block(nn.Module):
             yield self.norms[-1]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.skips_branch and self.plain:
+            return x
         if self.skips_branch:
-            return self.skip(x, self._into(0, x))
+            out = self.skip(x, self._into(0, x))
+            return self.activation(out) if self.post else out
         shifted, out = self.branch(x)
         out = out if self.plain else out + self.skip(x, shifted)
         return self.activation(out) if self.post else out

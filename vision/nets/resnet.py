@@ -162,6 +162,8 @@ def _check(design: Design) -> None:
     _choose("shortcut", design.shortcut, SHORTCUTS)
     _choose("order", design.order, ORDERS)
     _choose("activation", design.activation, ACTIVATIONS)
+    if not 0 <= design.dropout < 1:
+        raise UserError(f"dropout is {design.dropout}: take a number from 0 to below 1")
     if design.method.residual and design.shortcut == "none":
         raise UserError("this method is made of residual branches: a plain network has none")
 
