@@ -70,20 +70,24 @@ class VisionCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Name the run's folder; without it, loggers and checkpoints would number their own.
-
-        ``best`` and ``last`` are the checkpoints of that folder, for every subcommand; all but fit
-        take ``best`` where none is named.
-
-        Raises:
-            UserError: No such checkpoint, or a new run in the folder of another.
-        """
+        """Name the run's folder; without it, loggers and checkpoints would number their own."""
         options = self._options()
         if options.threads > 0:
             torch.set_num_threads(options.threads)
         trainer = options.trainer
         if trainer.default_root_dir is None:
             trainer.default_root_dir = str(RUNS / self._name())
+        self._find_checkpoint()
+
+    def _find_checkpoint(self) -> None:
+        """``best`` and ``last`` are those of the run's folder, for every subcommand; all but fit
+        take ``best`` where none is named.
+
+        Raises:
+            UserError: No such checkpoint, or a new run in the folder of another.
+        """
+        options = self._options()
+        trainer = options.trainer
         checkpoints = Path(trainer.default_root_dir, "checkpoints")
         chosen = options.ckpt_path or ("" if self.subcommand == "fit" else "best")
         if chosen in ("best", "last"):

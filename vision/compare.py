@@ -102,9 +102,9 @@ def _train_and_test(recipe: Path, folder: Path) -> None:
     last, tested = folder / "checkpoints" / "last.ckpt", folder / "tested"
     if tested.exists():
         return
-    resume = ["--ckpt_path", str(last)] if last.exists() else []
+    resume = ["--ckpt_path", "last"] if last.exists() else []
     VisionCLI(["fit", *line, *resume])
-    VisionCLI(["test", *line, "--ckpt_path", str(folder / "checkpoints" / "best.ckpt")])
+    VisionCLI(["test", *line])
     tested.touch()
 
 

@@ -170,7 +170,7 @@ class LitClassifier(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         if not self.train_metrics["loss"].update_called:  # the run went on at the epoch's end
             return
-        self.log_dict(self.train_metrics.compute(), sync_dist=False)
+        self.log_dict(self.train_metrics.compute())
         self.train_metrics.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -13,8 +13,9 @@ import math
 import re
 import statistics
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,10 @@ class Point:
     lr: float
     epochs: int
     seed: int
+
+    def net_options(self) -> dict[str, Any]:
+        """``options`` as ``build_net`` takes them."""
+        return dict(pair.split("=") for pair in self.options.split())
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ class Recipe:
 def run_point(point: Point, recipe: Recipe) -> Result:
     """Train one network and score it on the test set."""
     L.seed_everything(point.seed, verbose=False)
-    options: dict[str, Any] = dict(pair.split("=") for pair in point.options.split())
+    options = point.net_options()
     if point.depth >= recipe.checkpointing:
         options["checkpointing"] = True
     model = LitClassifier(
@@ -176,15 +181,14 @@ def image_options(data: VisionData) -> dict[str, Any]:
     return {} if images is None else {"in_channels": images.size(1)}
 
 
-def run_points(points: Iterable[Point], recipe: Recipe, file: Path) -> Table:
+def run_points(points: Sequence[Point], recipe: Recipe, file: Path) -> Table:
     """Compute the points that the table lacks."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # once a point is too often
     table = Table(file)
-    points = list(points)
     if not points:
         raise UserError("there is nothing to train: give depths, methods and seeds")
-    for net, method, options in sorted({(p.net, p.method, p.options) for p in points}):
-        check_net(net, method=method, **dict(pair.split("=") for pair in options.split()))
+    for point in {(p.net, p.method, p.options): p for p in points}.values():
+        check_net(point.net, method=point.method, **point.net_options())
     for number, point in enumerate(points, 1):
         if point in table.rows:
             continue
@@ -215,12 +219,9 @@ def depth(
     """
     points = [
         Point(f"cifar_resnet{d}", method, "", d, lr, recipe.epochs, seed)
-        for d in sorted(depths)
-        for method in methods
-        for seed in seeds
+        for d, method, seed in product(sorted(depths), methods, seeds)
     ]
-    table = run_points(points, recipe, output / "points.csv")
-    curves = _curves(table, points, "depth", "test_accuracy", "method")
+    curves = _trained(points, recipe, output, "depth", "test_accuracy", "method")
     title = f"test accuracy after {recipe.epochs} epoch(s), lr {lr:g}"
     draw([Panel(curves, "layers", "test accuracy", title, log_x=True)], output / "depth.png")
 
@@ -245,12 +246,9 @@ def lr(
     """
     points = [
         Point(net, method, "", _depth_of(net), rate, recipe.epochs, seed)
-        for rate in sorted(rates)
-        for method in methods
-        for seed in seeds
+        for rate, method, seed in product(sorted(rates), methods, seeds)
     ]
-    table = run_points(points, recipe, output / "points.csv")
-    curves = _curves(table, points, "lr", "train_loss", "method")
+    curves = _trained(points, recipe, output, "lr", "train_loss", "method")
     title = f"{net} after {recipe.epochs} epoch(s)"
     draw([Panel(curves, "learning rate", "train loss", title, log_x=True)], output / "lr.png")
 
@@ -275,12 +273,9 @@ def degradation(
     """
     points = [
         Point(f"cifar_resnet{d}", method, f"shortcut={shortcut}", d, lr, recipe.epochs, seed)
-        for d in sorted(depths)
-        for shortcut in ("none", "A")
-        for seed in seeds
+        for d, shortcut, seed in product(sorted(depths), ("none", "A"), seeds)
     ]
-    table = run_points(points, recipe, output / "points.csv")
-    curves = _curves(table, points, "depth", "train_loss", "options")
+    curves = _trained(points, recipe, output, "depth", "train_loss", "options")
     names = {"shortcut=none": "plain", "shortcut=A": "residual"}
     curves = [Curve(names[curve.name], curve.points) for curve in curves]
     title = f"{method}, {recipe.epochs} epoch(s)"
@@ -343,8 +338,11 @@ def _depth_of(net: str) -> int:
     return int(number[0])
 
 
-def _curves(table: Table, points: Sequence[Point], x: str, y: str, name: str) -> list[Curve]:
-    """A curve for each value of ``name``, means over the seeds."""
+def _trained(
+    points: Sequence[Point], recipe: Recipe, output: Path, x: str, y: str, name: str
+) -> list[Curve]:
+    """Train the points; a curve for each value of ``name``, means over the seeds."""
+    table = run_points(points, recipe, output / "points.csv")
     grouped: dict[str, dict[float, list[float]]] = {}
     for point in points:
         value = getattr(table.rows[point], y)
