@@ -137,7 +137,8 @@ def lsuv_init_(model: nn.Module, *args: Any, generator: Generator | None = None)
     deviation of its output on one batch, in the order in which the data pass them.
 
     Differs: the paper repeats the division until the variance is within 0.1 of 1. A layer is linear
-    and its bias still 0, so that one division makes it 1, and one pass serves all layers.
+    but for its bias, the same number in all channels, which has no part in the variance: one
+    division makes it 1, and one pass serves all layers.
 
     Args:
         model: Built; it is called once, in its present mode.
@@ -155,7 +156,7 @@ def lsuv_init_(model: nn.Module, *args: Any, generator: Generator | None = None)
     def divide(module: Any, inputs: Any, output: Tensor) -> Tensor:
         std = output.std().clamp_min(torch.finfo(output.dtype).tiny)
         module.weight.div_(std)
-        return output / std
+        return module.forward(*inputs)
 
     hooks = [layer.register_forward_hook(divide) for layer in layers]
     try:

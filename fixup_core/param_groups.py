@@ -61,11 +61,13 @@ def param_groups(
     decay = weight_decay if scalar_weight_decay is None else scalar_weight_decay
     return [
         {
+            "name": "weights",
             "params": [p for p in trainable if id(p) not in scalar_ids],
             "lr": lr,
             "weight_decay": weight_decay,
         },
         {
+            "name": "scalars",
             "params": [p for p in trainable if id(p) in scalar_ids],
             "lr": lr * scalar_lr_ratio,
             "weight_decay": decay,

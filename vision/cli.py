@@ -14,12 +14,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from fixup_core.errors import UserError
 from vision.callbacks import AugmentedImages, PredictionTable, SameOptions
+from vision.checkpoints import checkpoint_callbacks, save_whole_files
 from vision.data import VisionData
 from vision.errors import Parser
 from vision.lit_classifier import LitClassifier
@@ -32,6 +33,9 @@ HELP = (
 
 # A run that goes on writes into the folder it has.
 warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+# Nothing a user could mend.
+warnings.filterwarnings("ignore", ".*is not supported by the model summary")
+warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
     lambda record: "💡" not in record.getMessage()  # advertisements
 )
@@ -114,7 +118,9 @@ class VisionCLI(LightningCLI):
             options["logger"] = self._loggers(root, chosen.ckpt_path)
         every = chosen.get("checkpoint_every", 0)
         self.trainer_defaults["callbacks"] = _callbacks(root / "checkpoints", every)
-        return super().instantiate_trainer(**options)
+        trainer = super().instantiate_trainer(**options)
+        save_whole_files(trainer)
+        return trainer
 
     def _loggers(self, root: Path, checkpoint: str | None) -> list[Logger]:
         """Of a training, or of the scores of the run's own checkpoints; of no others."""
@@ -148,12 +154,5 @@ class SavedConfig(SaveConfigCallback):
 
 
 def _callbacks(folder: Path, every: int) -> list[Any]:
-    def last(**when: Any) -> ModelCheckpoint:
-        return ModelCheckpoint(folder, "last", enable_version_counter=False, **when)
-
-    best = ModelCheckpoint(
-        folder, "best", monitor="val/accuracy", mode="max", enable_version_counter=False
-    )
-    during = [last(every_n_train_steps=every)] if every else []
     pictures = [LearningRateMonitor("epoch"), AugmentedImages(), PredictionTable(), SameOptions()]
-    return [*pictures, best, last(every_n_epochs=1), *during]
+    return [*pictures, *checkpoint_callbacks(folder, every)]

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fixup_core.errors import Advice, one_line
-from vision.data import VisionData
+from vision.data import TensorData, VisionData
 
 KNOWN: tuple[Advice, ...] = (
     (
@@ -22,8 +22,8 @@ KNOWN: tuple[Advice, ...] = (
         "the checkpoint is of another network: give the --model options it was trained with",
     ),
     (
-        (RuntimeError, EOFError),
-        "PytorchStreamReader|central directory|Ran out of input",
+        RuntimeError,
+        "PytorchStreamReader|central directory",
         "the checkpoint is truncated, or none: take another file of the same folder",
     ),
     (
@@ -92,6 +92,12 @@ def _subclasses(cls: type) -> list[type]:
 
 def _shortened(message: str) -> str:
     """The sentences that say what is wrong, without the listings of types that were tried."""
+    wrong = re.search(r'Parser key "(?:recipe\.)?data":.*Given value: (\S+)$', message, re.DOTALL)
+    if wrong:
+        names = [cls.__name__ for cls in _subclasses(VisionData) if cls is not TensorData]
+        near = difflib.get_close_matches(wrong[1].split(".")[-1], names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        return f"there is no data module {wrong[1]}; {hint}"
     lines = [line.strip(" -") for line in message.splitlines()]
     refused = [line for line in lines if line.startswith("Option '")]
     return one_line(refused[0] if refused else " ".join(lines))

@@ -81,7 +81,7 @@ class LitClassifier(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        _check_ranges(self.options)
+        _check_ranges(self.args)
         self.net = build_net(net, method=method, num_classes=num_classes, **(options or {}))
         if channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
@@ -96,7 +96,7 @@ class LitClassifier(L.LightningModule):
         self.test_metrics = _metrics(num_classes, "test/")
 
     @property
-    def options(self) -> Any:
+    def args(self) -> Any:
         """The arguments, as a checkpoint keeps them."""
         return self.hparams
 
@@ -113,33 +113,33 @@ class LitClassifier(L.LightningModule):
             UserError: They differ.
         """
         found = self.data.num_classes
-        if found != self.options.num_classes:
+        if found != self.args.num_classes:
             raise UserError(
                 f"the data have {found} classes, --model.num_classes is "
-                f"{self.options.num_classes}: make them equal"
+                f"{self.args.num_classes}: make them equal"
             )
         new = stage == "fit" and not self.trainer.ckpt_path
-        if new and METHODS[self.options.method].batch:
+        if new and METHODS[self.args.method].batch:
             self._initialise_on_data()
 
     def _initialise_on_data(self) -> None:
         """The same on every process: they all look at the whole first batch."""
         batch = next(iter(self.data.loader("train", alone=True)))
         images = self.data.on_after_batch_transfer(batch, 0).images
-        initialise_(self.net, METHODS[self.options.method], images)
+        initialise_(self.net, METHODS[self.args.method], images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
-        if self.options.channels_last:
+        if self.args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.net(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # Dropout follows the batch: a run that goes on draws what an uninterrupted one does.
         torch.manual_seed(mix(batch.seed, 2, self.global_rank))
-        mixed = blend(batch, mixup=self.options.mixup, cutmix=self.options.cutmix)
+        mixed = blend(batch, mixup=self.args.mixup, cutmix=self.args.cutmix)
         logits = self(mixed.images).float()
-        loss = mixed.loss(logits, self.options.label_smoothing)
+        loss = mixed.loss(logits, self.args.label_smoothing)
         self._stop_unless_finite(loss, "the loss")
         # With mixup the accuracy counts the label of the larger share.
         target = mixed.labels if mixed.share >= 0.5 else mixed.others
@@ -166,6 +166,15 @@ class LitClassifier(L.LightningModule):
         """Nothing that has diverged is saved."""
         norms = [parameter.detach().norm() for parameter in self.parameters()]
         self._stop_unless_finite(torch.stack(norms), "a weight")
+        checkpoint["train_metrics"] = {
+            name: _total(metric) for name, metric in self.train_metrics.items()
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The metrics of an epoch cover the batches before a kill too."""
+        for name, total in checkpoint.get("train_metrics", {}).items():
+            if total and self.global_rank == 0:
+                _go_on(self.train_metrics[name], total)
 
     def on_train_epoch_end(self) -> None:
         if not self.train_metrics["loss"].update_called:  # the run went on at the epoch's end
@@ -209,18 +218,18 @@ class LitClassifier(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with the scalars in a group of their own, its rate set before every step."""
-        options = self.options
+        args = self.args
         groups = param_groups(
             self.net,
-            lr=options.lr,
-            scalar_lr_ratio=options.scalar_lr_ratio,
-            weight_decay=options.weight_decay,
-            scalar_weight_decay=options.scalar_weight_decay,
+            lr=args.lr,
+            scalar_lr_ratio=args.scalar_lr_ratio,
+            weight_decay=args.weight_decay,
+            scalar_weight_decay=args.scalar_weight_decay,
         )
         optimizer = torch.optim.SGD(
             [group for group in groups if group["params"]],
-            momentum=options.momentum,
-            nesterov=options.nesterov,
+            momentum=args.momentum,
+            nesterov=args.nesterov,
         )
         self.steps_per_epoch = self._steps_per_epoch()
         scheduler = LambdaLR(optimizer, self.rate)
@@ -231,12 +240,12 @@ class LitClassifier(L.LightningModule):
 
     def rate(self, step: int) -> float:
         """The learning rate of a step over the peak rate, in 0..1."""
-        options, epoch = self.options, step / self.steps_per_epoch
+        args, epoch = self.args, step / self.steps_per_epoch
         ahead = (step + 1) / self.steps_per_epoch  # the first step learns something too
-        warm = min(1.0, ahead / options.warmup_epochs) if options.warmup_epochs else 1.0
-        if options.schedule == "step":
-            return warm * 0.1 ** sum(epoch >= milestone for milestone in options.milestones)
-        if options.schedule == "cosine":
+        warm = min(1.0, ahead / args.warmup_epochs) if args.warmup_epochs else 1.0
+        if args.schedule == "step":
+            return warm * 0.1 ** sum(epoch >= milestone for milestone in args.milestones)
+        if args.schedule == "cosine":
             return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self._all_steps())))
         return warm
 
@@ -260,9 +269,23 @@ class LitClassifier(L.LightningModule):
         return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
 
-def _check_ranges(options: Any) -> None:
+def _total(metric: Any) -> dict[str, Tensor]:
+    """The state of a metric over all processes; nothing where there is none yet."""
+    if not metric.update_called:
+        return {}
+    with metric.sync_context():
+        return {name: value.clone() for name, value in metric.metric_state.items()}
+
+
+def _go_on(metric: Any, total: dict[str, Tensor]) -> None:
+    metric._update_count = 1
+    for name, value in total.items():
+        setattr(metric, name, value.to(metric.device))
+
+
+def _check_ranges(args: Any) -> None:
     for name, low, high in RANGES:
-        value = getattr(options, name)
+        value = getattr(args, name)
         if not low <= value <= high:
             end = "upwards" if high == math.inf else f"to {high:g}"
             raise UserError(f"--model.{name} is {value}: take a number from {low:g} {end}")

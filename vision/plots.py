@@ -29,13 +29,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes; ``x`` and ``y`` are what is written along them."""
+    """One pair of axes; ``x`` and ``y`` are what is written along them, ``ticks`` the places that
+    are marked on the former.
+    """
 
     curves: Sequence[Curve]
     x: str
     y: str
     title: str
     log_x: bool = False
+    ticks: Sequence[float] = ()
 
 
 def draw(panels: Sequence[Panel], file: Path) -> None:
@@ -66,6 +69,9 @@ def _fill(axes: Axes, panel: Panel) -> None:
             _mark(axes, lost, line.get_color())
     if panel.log_x:
         axes.set_xscale("log")
+    if panel.ticks:
+        axes.set_xticks(panel.ticks, labels=[f"{tick:g}" for tick in panel.ticks])
+        axes.minorticks_off()
     axes.set(xlabel=panel.x, ylabel=panel.y, title=panel.title)
     axes.grid(alpha=0.3)
     axes.legend()

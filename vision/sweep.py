@@ -2,12 +2,14 @@
 
 Every point is one short training, scored once on the test set. Points are appended to a CSV as they
 come; a point that is there is not computed again, so that a sweep goes on where it was stopped. The
-figure is drawn anew from the CSV at the end.
+figure is drawn anew from the CSV at the end. ``recipe.json`` beside the CSV holds what its points
+share; a sweep of another recipe does not go on there.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import math
 import re
@@ -26,7 +28,7 @@ from fixup_core.errors import UserError
 from vision.cli import RUNS
 from vision.data import VisionData
 from vision.lit_classifier import DivergedError, LitClassifier
-from vision.nets import check_net
+from vision.nets import check_net, net_options
 from vision.plots import Curve, Panel, draw
 
 PAPER_METHODS = ("fixup", "batchnorm", "xavier", "lsuv")
@@ -126,6 +128,11 @@ class Recipe:
     accelerator: str = "auto"
     limit: int = 0
 
+    def description(self) -> dict[str, Any]:
+        """What decides a point's numbers and is not in its row."""
+        names = ("mixup", "weight_decay", "precision", "limit")
+        return self.data.description() | {name: getattr(self, name) for name in names}
+
 
 def run_point(point: Point, recipe: Recipe) -> Result:
     """Train one network and score it on the test set."""
@@ -137,7 +144,7 @@ def run_point(point: Point, recipe: Recipe) -> Result:
         net=point.net,
         method=point.method,
         num_classes=num_classes(recipe.data),
-        options=options | image_options(recipe.data),
+        options=options | image_options(point.net, recipe.data),
         lr=point.lr,
         weight_decay=recipe.weight_decay,
         mixup=recipe.mixup,
@@ -175,20 +182,24 @@ def num_classes(data: VisionData) -> int:
     return data.num_classes
 
 
-def image_options(data: VisionData) -> dict[str, Any]:
+def image_options(net: str, data: VisionData) -> dict[str, Any]:
     """The network's options that depend on the images."""
     images = getattr(data.parts["test"], "images", None)
-    return {} if images is None else {"in_channels": images.size(1)}
+    if images is None:
+        return {}
+    options = {"in_channels": images.size(1), "image_size": images.size(2)}
+    return {name: value for name, value in options.items() if name in net_options(net)}
 
 
-def run_points(points: Sequence[Point], recipe: Recipe, file: Path) -> Table:
-    """Compute the points that the table lacks."""
+def run_points(points: Sequence[Point], recipe: Recipe, output: Path) -> Table:
+    """Compute the points that the table in ``output`` lacks."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # once a point is too often
-    table = Table(file)
     if not points:
         raise UserError("there is nothing to train: give depths, methods and seeds")
     for point in {(p.net, p.method, p.options): p for p in points}.values():
         check_net(point.net, method=point.method, **point.net_options())
+    _keep_to(recipe, output)
+    table = Table(output / "points.csv")
     for number, point in enumerate(points, 1):
         if point in table.rows:
             continue
@@ -222,8 +233,9 @@ def depth(
         for d, method, seed in product(sorted(depths), methods, seeds)
     ]
     curves = _trained(points, recipe, output, "depth", "test_accuracy", "method")
-    title = f"test accuracy after {recipe.epochs} epoch(s), lr {lr:g}"
-    draw([Panel(curves, "layers", "test accuracy", title, log_x=True)], output / "depth.png")
+    title = f"ResNets, {_length(recipe)}, learning rate {lr:g}"
+    panel = Panel(curves, "layers", "test accuracy", title, log_x=True, ticks=depths)
+    draw([panel], output / "depth.png")
 
 
 def lr(
@@ -249,8 +261,9 @@ def lr(
         for rate, method, seed in product(sorted(rates), methods, seeds)
     ]
     curves = _trained(points, recipe, output, "lr", "train_loss", "method")
-    title = f"{net} after {recipe.epochs} epoch(s)"
-    draw([Panel(curves, "learning rate", "train loss", title, log_x=True)], output / "lr.png")
+    title = f"{net}, {_length(recipe)}"
+    panel = Panel(curves, "learning rate", "train loss", title, log_x=True, ticks=rates)
+    draw([panel], output / "lr.png")
 
 
 def degradation(
@@ -278,8 +291,9 @@ def degradation(
     curves = _trained(points, recipe, output, "depth", "train_loss", "options")
     names = {"shortcut=none": "plain", "shortcut=A": "residual"}
     curves = [Curve(names[curve.name], curve.points) for curve in curves]
-    title = f"{method}, {recipe.epochs} epoch(s)"
-    draw([Panel(curves, "layers", "train loss", title)], output / "degradation.png")
+    title = f"{method}, {_length(recipe)}"
+    panel = Panel(curves, "layers", "train loss", title, ticks=depths)
+    draw([panel], output / "degradation.png")
 
 
 def lesion(
@@ -304,7 +318,7 @@ def lesion(
     model = LitClassifier.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     blocks = getattr(model.net, "blocks", None)
     if blocks is None:
-        raise UserError(f"{model.options.net} is not made of blocks that could be left out")
+        raise UserError(f"{model.args.net} is not made of blocks that could be left out")
     trainer = L.Trainer(
         accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False
     )
@@ -324,7 +338,7 @@ def lesion(
         writer.writerows(rows)
     whole = [(float(number), rows[0][1]) for number, _ in rows[1:]]
     curves = [Curve("whole network", whole), Curve("without the block", rows[1:])]
-    title = f"{model.options.net}, {model.options.method}"
+    title = f"{model.args.net}, {model.args.method}"
     draw([Panel(curves, "block left out", "test accuracy", title)], output / "lesion.png")
 
 
@@ -338,11 +352,37 @@ def _depth_of(net: str) -> int:
     return int(number[0])
 
 
+def _length(recipe: Recipe) -> str:
+    epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
+    part = f" of {recipe.limit} batches" if recipe.limit else ""
+    return f"{epochs}{part} of {type(recipe.data).__name__}"
+
+
+def _keep_to(recipe: Recipe, output: Path) -> None:
+    """Let all points of a table be trained alike.
+
+    Raises:
+        UserError: Those that are there were trained otherwise.
+    """
+    file, own = output / "recipe.json", json.dumps(recipe.description(), default=str, indent=1)
+    if not file.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        file.write_text(own + "\n")
+        return
+    there, here = json.loads(file.read_text()), json.loads(own)
+    for name in sorted(there | here):
+        if there.get(name) != here.get(name):
+            raise UserError(
+                f"the points in {output} were trained with {name} {there.get(name)}, not "
+                f"{here.get(name)}: give another --output"
+            )
+
+
 def _trained(
     points: Sequence[Point], recipe: Recipe, output: Path, x: str, y: str, name: str
 ) -> list[Curve]:
     """Train the points; a curve for each value of ``name``, means over the seeds."""
-    table = run_points(points, recipe, output / "points.csv")
+    table = run_points(points, recipe, output)
     grouped: dict[str, dict[float, list[float]]] = {}
     for point in points:
         value = getattr(table.rows[point], y)

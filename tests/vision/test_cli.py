@@ -13,7 +13,9 @@ import torch
 
 from fixup_core.errors import UserError
 from tests.conftest import ENVIRONMENT, ROOT
+from vision.checkpoints import WholeFiles
 from vision.cli import VisionCLI
+from vision.compare import read_run
 from vision.lit_classifier import DivergedError, LitClassifier
 
 RECIPE = ROOT / "recipes" / "vision" / "digits_fixup_resnet20.yaml"
@@ -111,6 +113,36 @@ def test_two_processes_equal_one_with_the_same_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(second["state_dict"][name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_two_processes_go_on_with_the_metrics_of_both(tmp_path: Path) -> None:
+    flags = ("--checkpoint_every", "3", "--trainer.max_epochs", "1")
+    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+    _finish(_start(tmp_path / "one", *flags))
+    killed = _start(tmp_path / "two", *flags, *two, "--trainer.callbacks+=tests.vision.kill.Kill")
+    killed.communicate(timeout=240)
+    assert killed.returncode != 0 and _state(tmp_path / "two")["global_step"] == 6
+    _finish(_start(tmp_path / "two", *flags, *two, "--ckpt_path", "last"))
+    one, both = read_run(tmp_path / "one"), read_run(tmp_path / "two")
+    for name in ("train/loss", "train/accuracy"):
+        assert both.last(name) == pytest.approx(one.last(name), rel=1e-4)
+
+
+def test_a_kill_while_saving_leaves_the_checkpoint_of_before(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint({"step": 1}, file)
+
+    def die(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        WholeFiles().save_checkpoint({"step": 2}, file)
+    assert torch.load(file, weights_only=True) == {"step": 1}
+    assert (
+        type(_fit(tmp_path, "--trainer.max_steps", "0").trainer.strategy.checkpoint_io)
+        is WholeFiles
+    )
+
+
 def test_a_run_that_diverges_stops_at_once_and_its_checkpoints_are_good(
     tmp_path: Path, monkeypatch
 ) -> None:
@@ -168,6 +200,8 @@ def test_mistakes_are_told(flags: tuple[str, ...], says: str, tmp_path: Path) ->
         ),
         (("--data.batchsize", "1"), "did you mean --data.batch_size?"),
         (("--model.schedule", "cosin"), "Got value: cosin"),
+        (("--data", "CIFAR11"), "there is no data module CIFAR11; did you mean CIFAR10?"),
+        (("--data", "foo.Bar"), "no data module foo.Bar; there are ImageFolderData, Digits"),
     ],
 )
 def test_a_wrong_option_names_the_nearest(flags: tuple[str, ...], says: str, capsys) -> None:

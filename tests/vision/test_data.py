@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,6 +194,33 @@ def test_a_missing_or_damaged_source_is_told(tmp_path: Path) -> None:
         sources.packed(broken, "train", tmp_path)
     with pytest.raises(UserError, match="take a number from 1 to 1347"):
         Digits(val_size=5000).setup("fit")
+
+
+def test_a_changed_file_packs_the_folder_anew(tree: Path, tmp_path: Path) -> None:
+    before = sources.packed(tree, "train", tmp_path / "cache")
+    file = tree / "train" / "cat" / "0.png"
+    size = (before.images.size(3), before.images.size(2))
+    Image.new("RGB", size, (1, 2, 3)).save(file)
+    after = sources.packed(tree, "train", tmp_path / "cache")
+    assert not torch.equal(before.images, after.images)
+
+
+def test_workers_may_be_spawned(tree: Path) -> None:
+    data = ImageFolderData(tree, batch_size=4, val_size=1, image_size=8, workers=0)
+    data.setup("fit")
+    source = data.train_dataloader().source
+    assert len(pickle.loads(pickle.dumps(source.dataset))) == len(source.dataset)
+    assert data.parts["val"].dataset.transform is data.test_transform
+    assert data.parts["train"].dataset.transform is data.train_transform
+
+
+def test_several_processes_want_a_whole_batch() -> None:
+    data = Digits(batch_size=64, train_size=32)
+    data.setup("fit")
+    assert len(data.train_dataloader()) == 1
+    data.trainer = SimpleNamespace(world_size=2, global_rank=0, limit_train_batches=1.0)
+    with pytest.raises(UserError, match="32 images do not fill one batch of 64"):
+        data.train_dataloader()
 
 
 def test_load_is_what_a_data_set_brings() -> None:

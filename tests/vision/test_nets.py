@@ -186,14 +186,22 @@ def test_checkpointing_changes_nothing(method: str) -> None:
         torch.testing.assert_close(b, c, msg=name)  # running statistics saw the batch once
 
 
-def test_lsuv_gives_every_layer_unit_variance() -> None:
-    net = _build("cifar_resnet8", "lsuv")
+@pytest.mark.parametrize("name", ["cifar_resnet8", "highway4", "highway_conv7"])
+def test_lsuv_gives_every_layer_unit_variance(name: str) -> None:
+    net = _build(name, "lsuv")
     seen = []
     for module in net.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.register_forward_hook(lambda m, i, o: seen.append(o.std().item()))
     net(IMAGES)
     assert seen == pytest.approx([1.0] * len(seen), rel=1e-3)
+
+
+def test_a_projection_in_pre_order_has_no_norm() -> None:
+    for order, count in (("pre", 0), ("post", 1)):
+        net = _build("cifar_resnet8", "batchnorm", shortcut="B", order=order)
+        norms = [m for m in net.stages[1][0].shortcut.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert len(norms) == count
 
 
 def test_highway_gates_start_by_carrying() -> None:
@@ -207,6 +215,7 @@ def test_highway_gates_start_by_carrying() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
+        ("highway4", {"activation": "relx", "method": "none"}, "activation is 'relx'; choose one"),
         ("cifar_resnet21", {}, "not 6n.2: take 20 or 26"),
         ("cifar_resnet2", {}, "not 6n.2: take 8"),
         ("cifar_wrn41_2", {}, "not 6n.4"),
@@ -216,7 +225,7 @@ def test_highway_gates_start_by_carrying() -> None:
         ("cifar_resnet20", {"method": "fixpu"}, "there is no method 'fixpu'"),
         ("cifar_resnet20", {"shortcut": "D"}, "shortcut is 'D'; choose one of A, B, C, none"),
         ("cifar_resnet20", {"shortcut": "none"}, "a plain network has none"),
-        ("cifar_resnet20", {"widht": 3}, "unexpected keyword argument 'widht'"),
+        ("cifar_resnet20", {"widht": 3}, "has no option 'widht'; did you mean width"),
         ("cifar_wrn10_1", {"method": "zeroinit"}, "no branch of ResNet ends with"),
     ],
 )

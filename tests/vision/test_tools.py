@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,14 @@ def test_a_depth_sweep_goes_on_where_it_was_stopped(
     rows = _rows(tmp_path / "points.csv")
     assert len(rows) == 4 and all(0 <= float(row["test_accuracy"]) <= 1 for row in rows)
     assert (tmp_path / "depth.png").stat().st_size > 5000
+
+
+def test_points_of_one_table_are_trained_alike(recipe: Recipe, tmp_path: Path) -> None:
+    sweep.lr(recipe, tmp_path, net="highway3", rates=(0.1,), methods=("none",))
+    other = replace(recipe, mixup=0.2)
+    with pytest.raises(UserError, match=r"were trained with mixup 0\.0, not 0\.2: give another"):
+        sweep.lr(other, tmp_path, net="highway3", rates=(0.3,), methods=("none",))
+    assert len(_rows(tmp_path / "points.csv")) == 1
 
 
 def test_a_point_that_diverges_is_a_row_of_its_own(recipe: Recipe, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ The validation set is cut out of the training set, by a seed; the test set is re
 
 from __future__ import annotations
 
+import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,10 @@ class VisionData(L.LightningDataModule):
         self.batch_size, self.val_size, self.seed = batch_size, val_size, seed
         self.parts: dict[str, Any] = {}
 
+    def description(self) -> dict[str, Any]:
+        """What decides the training batches."""
+        return {"data": type(self).__name__, "batch_size": self.batch_size, "seed": self.seed}
+
     def order(self, size: int, *, train: bool, alone: bool = False) -> BatchOrder:
         """The batches of this process; ``alone``: as if it were the only one."""
         trainer = None if alone else self.trainer
@@ -53,7 +59,7 @@ class VisionData(L.LightningDataModule):
             self.batch_size,
             seed=self.seed,
             shuffle=train,
-            drop_last=train and size >= self.batch_size,
+            drop_last=train and (size >= self.batch_size or world > 1),
             rank=rank,
             world_size=world,
         )
@@ -117,6 +123,10 @@ class TensorData(VisionData):
     ) -> None:
         super().__init__(batch_size, val_size, seed)
         self.pixels, self.train_size = pixels, train_size
+
+    def description(self) -> dict[str, Any]:
+        more = {"val_size": self.val_size, "train_size": self.train_size}
+        return super().description() | more | asdict(self.pixels)
 
     def load(self, train: bool) -> Images:
         """The official training or test set."""
@@ -324,7 +334,8 @@ class ImageFolderData(VisionData):
         if stage in ("fit", "validate"):
             whole = self._folder(tree / "train", self.train_transform)
             train, val = self.split(len(whole))
-            plain = self._folder(tree / "train", self.test_transform)
+            plain = copy.copy(whole)  # the same files, found once
+            plain.transform = self.test_transform
             self.parts |= {
                 "train": Subset(whole, train.tolist()),
                 "val": Subset(plain, val.tolist()),
@@ -343,17 +354,18 @@ class ImageFolderData(VisionData):
 
     def _folder(self, folder: Path, transform: Any) -> ImageFolder:
         try:
-            return ImageFolder(str(folder), transform, loader=self._read)
+            return ImageFolder(str(folder), transform, loader=_read)
         except FileNotFoundError as error:
             raise UserError(f"{folder} is no tree of <class>/<image>: {error}") from error
-
-    def _read(self, path: str) -> Any:
-        return sources.read_image(path, Path(path).read_bytes())
 
     def source(self, data: Any, order: BatchOrder) -> Any:
         pinned = torch.cuda.is_available()
         skip = sources.CorruptImageError if self.skip_corrupt else None
         return workers_source(data, order, skip=skip, num_workers=self.workers, pin_memory=pinned)
+
+
+def _read(path: str) -> Any:
+    return sources.read_image(path, Path(path).read_bytes())
 
 
 class ImageNet(ImageFolderData):

@@ -148,10 +148,12 @@ def unpacked(archive: Path, cache: Path) -> Path:
 
 
 def _key(source: Path, *what: object) -> str:
-    """A name for what is made of ``source``, which changes with it."""
-    stat = source.stat()
-    identity = f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns} {what}"
-    return f"{source.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    """A name for what is made of ``source``, which changes with any file of it."""
+    digest = hashlib.sha256(f"{source.resolve()} {what}".encode())
+    for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
+        stat = file.stat()
+        digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return f"{source.name}-{digest.hexdigest()[:12]}"
 
 
 @contextlib.contextmanager

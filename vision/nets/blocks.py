@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fixup_core import ResidualBranch, WeightLayer
 from fixup_core.errors import UserError
-from vision.nets.methods import ACTIVATIONS, Method
+from vision.nets.methods import Method, make_activation
 
 ORDERS = ("post", "pre")
 SHORTCUTS = ("A", "B", "C", "none")
@@ -69,12 +69,16 @@ class Subsample(nn.Module):
 
 
 class Projection(nn.Module):
-    """Shortcuts B and C: a strided 1x1 convolution, in no branch."""
+    """Shortcuts B and C: a strided 1x1 convolution, in no branch.
+
+    In pre order nothing follows it, as in Zagoruyko's code.
+    """
 
     def __init__(self, design: Design, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv = design.convolution(inputs, outputs, 1, stride)
-        self.norm = design.method.after_projection(outputs)
+        post = design.order == "post"
+        self.norm = design.method.after_projection(outputs) if post else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
@@ -123,7 +127,7 @@ class Block(nn.Module):
         self.norms = nn.ModuleList(method.before_activation(c) for c in channels)
         self.multiplier = method.end_of_branch()
         self.shortcut = make_shortcut(design, inputs, shapes[-1][1], stride)
-        self.activation = ACTIVATIONS[design.activation]()
+        self.activation = make_activation(design.activation)
         self.dropout = nn.Dropout(design.dropout)
 
     def residual_branches(self) -> Iterator[ResidualBranch]:

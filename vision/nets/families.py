@@ -29,6 +29,8 @@ IMAGENET_COUNTS = {
 """Depth -> bottleneck or not, blocks of each stage (He et al. 2015, table 1)."""
 
 DESIGN_OPTIONS = ("shortcut", "order", "activation", "dropout")
+RESNET_OPTIONS = (*DESIGN_OPTIONS, "in_channels", "checkpointing")
+HIGHWAY_OPTIONS = ("activation", "gate_bias", "in_channels")
 
 
 def _design(method: Method, options: dict[str, Any], **defaults: Any) -> Design:
@@ -98,22 +100,26 @@ class Family:
     Attributes:
         pattern: Of the names; its groups are whole numbers, ``build``'s first arguments.
         build: Makes the network, its weights not yet written.
+        options: Names of what ``build`` takes besides.
         example: A name.
         image: Channels and size of an image, for an initialisation that looks at data.
     """
 
     pattern: str
     build: Callable[..., Network]
+    options: tuple[str, ...]
     example: str
     image: tuple[int, int] = (3, 32)
 
 
 FAMILIES = (
-    Family(r"cifar_resnet(\d+)", _cifar_resnet, "cifar_resnet20"),
-    Family(r"cifar_wrn(\d+)_(\d+)", _cifar_wrn, "cifar_wrn40_10"),
-    Family(r"imagenet_resnet(\d+)", _imagenet_resnet, "imagenet_resnet50", (3, 224)),
-    Family(r"highway_conv(\d+)", _highway_conv, "highway_conv19"),
-    Family(r"highway(\d+)", _highway, "highway50"),
+    Family(r"cifar_resnet(\d+)", _cifar_resnet, (*RESNET_OPTIONS, "width"), "cifar_resnet20"),
+    Family(r"cifar_wrn(\d+)_(\d+)", _cifar_wrn, RESNET_OPTIONS, "cifar_wrn40_10"),
+    Family(
+        r"imagenet_resnet(\d+)", _imagenet_resnet, RESNET_OPTIONS, "imagenet_resnet50", (3, 224)
+    ),
+    Family(r"highway_conv(\d+)", _highway_conv, (*HIGHWAY_OPTIONS, "widths"), "highway_conv19"),
+    Family(r"highway(\d+)", _highway, (*HIGHWAY_OPTIONS, "width", "image_size"), "highway50"),
 )
 
 
@@ -160,11 +166,21 @@ def check_net(name: str, *, method: str = "fixup", **options: Any) -> None:
         _built(name, method, num_classes=10, **options)
 
 
+def net_options(name: str) -> tuple[str, ...]:
+    """What ``build_net`` takes as ``options`` for a network of that name."""
+    return _parse(name)[0].options
+
+
 def _built(name: str, method: str, **options: Any) -> tuple[Network, Family]:
     """The network, its weights not yet written, and its family."""
     family, numbers = _parse(name)
     if method not in METHODS:
         raise UserError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
+    for option in options.keys() - {"num_classes"}:
+        if option not in family.options:
+            near = difflib.get_close_matches(option, family.options, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(family.options)}"
+            raise UserError(f"{name} has no option {option!r}; {hint}")
     try:
         return family.build(*numbers, method=METHODS[method], **options), family
     except TypeError as error:

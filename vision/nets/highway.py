@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vision.nets.blocks import Subsample
-from vision.nets.methods import ACTIVATIONS, Network
+from vision.nets.methods import Network, make_activation
 
 
 class HighwayLayer(nn.Module):
@@ -38,7 +38,7 @@ class HighwayLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.transform, self.gate, self.carry = transform, gate, carry
-        self.activation = ACTIVATIONS[activation]()
+        self.activation = make_activation(activation)
         gate.initial_bias = gate_bias  # read by the initialisation, which writes all weights
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class HighwayMLP(Network):
     ) -> None:
         super().__init__()
         self.first = nn.Linear(in_channels * image_size**2, width)
-        self.activation = ACTIVATIONS[activation]()
+        self.activation = make_activation(activation)
         self.layers = nn.Sequential(
             *(
                 HighwayLayer(
@@ -106,7 +106,7 @@ class HighwayConvNet(Network):
     ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.activation = ACTIVATIONS[activation]()
+        self.activation = make_activation(activation)
         self.layers = nn.Sequential()
         channels, per_stage = widths[0], -(-(depth - 1) // len(widths))
         for i in range(depth - 1):

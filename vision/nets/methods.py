@@ -7,7 +7,7 @@ The ablations of Fixup are flags of the same record.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,7 +50,6 @@ class Method:
     """How the layers of a network are kept in hand.
 
     Attributes:
-        text: One line for the command line's help.
         initialise: Writes all weights of a built network.
         norm: Makes the normalisation of so many channels; ``None``: there is none.
         biases: Rule 3's scalar biases before weight layers and activations.
@@ -60,7 +59,6 @@ class Method:
         batch: ``initialise`` takes a batch of images besides the network.
     """
 
-    text: str
     initialise: Callable[..., FixupReport]
     norm: Callable[[int], nn.Module] | None = None
     biases: bool = False
@@ -89,41 +87,49 @@ class Method:
 _fixup = partial(Method, residual=True)
 
 METHODS: dict[str, Method] = {
-    "batchnorm": Method("batch normalisation, He", standard_init_, norm=nn.BatchNorm2d),
-    "groupnorm": Method("group normalisation, He", standard_init_, norm=group_norm),
+    "batchnorm": Method(standard_init_, norm=nn.BatchNorm2d),
+    "groupnorm": Method(standard_init_, norm=group_norm),
     "zeroinit": Method(
-        "batch normalisation, the last gain of every branch 0",
-        partial(standard_init_, zero_last_gains=True),
-        norm=nn.BatchNorm2d,
-        residual=True,
+        partial(standard_init_, zero_last_gains=True), norm=nn.BatchNorm2d, residual=True
     ),
-    "none": Method("no normalisation, He initialisation", standard_init_, vectors=True),
-    "xavier": Method(
-        "no normalisation, Xavier initialisation",
-        partial(standard_init_, convolution=XAVIER_NORMAL),
-        vectors=True,
-    ),
-    "lsuv": Method(
-        "no normalisation, layer-sequential unit variance", lsuv_init_, vectors=True, batch=True
-    ),
-    "fixup": _fixup("rules 1 to 3", fixup_init_, biases=True, multipliers=True),
-    "fixup_rule2": _fixup("rule 2 alone", partial(fixup_init_, zero=False)),
-    "fixup_no_bias": _fixup("without the scalar biases", fixup_init_, multipliers=True),
-    "fixup_no_multiplier": _fixup("without the multipliers", fixup_init_, biases=True),
-    "fixup_no_factor": _fixup(
-        "without the factor of rule 2",
-        partial(fixup_init_, rule=unit_scale),
-        biases=True,
-        multipliers=True,
-    ),
+    "none": Method(standard_init_, vectors=True),
+    "xavier": Method(partial(standard_init_, convolution=XAVIER_NORMAL), vectors=True),
+    "lsuv": Method(lsuv_init_, vectors=True, batch=True),
+    "fixup": _fixup(fixup_init_, biases=True, multipliers=True),
+    "fixup_rule2": _fixup(partial(fixup_init_, zero=False)),
+    "fixup_no_bias": _fixup(fixup_init_, multipliers=True),
+    "fixup_no_multiplier": _fixup(fixup_init_, biases=True),
+    "fixup_no_factor": _fixup(partial(fixup_init_, rule=unit_scale), biases=True, multipliers=True),
 }
-"""By name, as ``build_net(..., method=...)`` takes them."""
+"""By name, as ``build_net(..., method=...)`` takes them: batch and group normalisation, and the
+former with the last gain of every branch at 0; no normalisation, drawn as He, Xavier or LSUV have
+it; Fixup, and its ablations, each without one part of the rules."""
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
+
+
+def make_activation(name: str) -> nn.Module:
+    """A module of ``ACTIVATIONS``.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    choose("activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name]()
+
+
+def choose(option: str, value: str, choices: Collection[str]) -> None:
+    """Let ``value`` pass if it is one of ``choices``.
+
+    Raises:
+        UserError: It is none.
+    """
+    if value not in choices:
+        raise UserError(f"{option} is {value!r}; choose one of {', '.join(choices)}")
 
 
 def initialise_(net: Network, method: Method, batch: torch.Tensor | None = None) -> None:

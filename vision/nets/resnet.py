@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from fixup_core import WeightLayer
 from fixup_core.errors import UserError
 from fixup_core.standards import TORCH_DEFAULT
 from vision.nets.blocks import ORDERS, SHORTCUTS, Block, Design
-from vision.nets.methods import ACTIVATIONS, Network
+from vision.nets.methods import Network, choose, make_activation
 
 
 class Stem(nn.Module):
@@ -38,7 +38,7 @@ class Stem(nn.Module):
         self.conv = design.convolution(inputs, outputs, kernel, stride)
         post = design.order == "post"
         self.norm = design.method.before_activation(outputs) if post else nn.Identity()
-        self.activation = ACTIVATIONS[design.activation]() if post else nn.Identity()
+        self.activation = make_activation(design.activation) if post else nn.Identity()
         self.pool = nn.MaxPool2d(3, 2, 1) if imagenet else nn.Identity()
 
     def standard_layers(self) -> Iterator[WeightLayer]:
@@ -56,7 +56,7 @@ class Head(nn.Module):
         super().__init__()
         pre = design.order == "pre"
         self.norm = design.method.before_activation(inputs) if pre else nn.Identity()
-        self.activation = ACTIVATIONS[design.activation]() if pre else nn.Identity()
+        self.activation = make_activation(design.activation) if pre else nn.Identity()
         self.shift = design.method.before_weights()
         self.fc = nn.Linear(inputs, num_classes)
 
@@ -159,15 +159,9 @@ def _counter(norm: nn.BatchNorm2d) -> Tensor:
 
 
 def _check(design: Design) -> None:
-    _choose("shortcut", design.shortcut, SHORTCUTS)
-    _choose("order", design.order, ORDERS)
-    _choose("activation", design.activation, ACTIVATIONS)
+    choose("shortcut", design.shortcut, SHORTCUTS)
+    choose("order", design.order, ORDERS)
     if not 0 <= design.dropout < 1:
         raise UserError(f"dropout is {design.dropout}: take a number from 0 to below 1")
     if design.method.residual and design.shortcut == "none":
         raise UserError("this method is made of residual branches: a plain network has none")
-
-
-def _choose(option: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise UserError(f"{option} is {value!r}; choose one of {', '.join(choices)}")

@@ -1,0 +1,64 @@
+"""The checkpoints of a run: when they are saved, and that a kill leaves whole ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+
+def checkpoint_callbacks(folder: Path, every: int) -> list[ModelCheckpoint]:
+    """``best.ckpt``, by the accuracy on validation, and ``last.ckpt``.
+
+    Args:
+        folder: Of both.
+        every: Save the last one after so many steps too; 0: after every epoch alone.
+    """
+
+    def last(kind: type[ModelCheckpoint], **when: Any) -> ModelCheckpoint:
+        return kind(folder, "last", enable_version_counter=False, **when)
+
+    best = ModelCheckpoint(
+        folder, "best", monitor="val/accuracy", mode="max", enable_version_counter=False
+    )
+    # Never when a validation ends, which may be in the midst of accumulated gradients.
+    epochs = last(ModelCheckpoint, every_n_epochs=1, save_on_train_epoch_end=True)
+    return [best, epochs, *([last(Within, every_n_train_steps=every)] if every else [])]
+
+
+class Within(ModelCheckpoint):
+    """Saves behind the optimiser's steps, but never behind an epoch's last: a run that went on from
+    there would go without that epoch's validation.
+    """
+
+    def on_train_batch_start(self, trainer: L.Trainer, *rest: Any) -> None:
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        if trainer.global_step > self.step and not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *rest)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Replaces a checkpoint once its successor is written, in the same folder.
+
+    Differs from Lightning's own: that one writes into the system's temporary folder, and where it
+    is another file system, a kill in the midst of the copy leaves half a checkpoint.
+    """
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):  # a store that knows no renaming
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        temporary = f"{path}.tmp"
+        super().save_checkpoint(checkpoint, temporary, storage_options)
+        Path(temporary).replace(path)
+
+
+def save_whole_files(trainer: L.Trainer) -> None:
+    """Let ``trainer`` save by ``WholeFiles``, unless its strategy has its own way of saving."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeFiles()
