@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fixup_core import ResidualBranch, WeightLayer
+from fixup_core import ResidualBranch, WeightLayer, ops
 from fixup_core.errors import UserError
+from fixup_core.ops import Around
 from vision.nets.methods import Method, make_activation
 
 ORDERS = ("post", "pre")
@@ -65,7 +67,9 @@ class Subsample(nn.Module):
         self.new_channels, self.stride = outputs - inputs, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+        # Pooling by one pixel, where slicing would return the gradient in another memory layout.
+        picked = F.avg_pool2d(x, 1, self.stride)
+        return F.pad(picked, (0, 0, 0, 0, 0, self.new_channels))
 
 
 class Projection(nn.Module):
@@ -149,6 +153,40 @@ class Block(nn.Module):
         shifted, out = self.branch(x)
         out = out if self.plain else out + self.skip(x, shifted)
         return self.activation(out) if self.post else out
+
+    def entry(self) -> ops.Number:
+        """What the carried route has added to the block's input already: a constant."""
+        scalars = self.shifts[:1] if self.post else (self.norms[0], self.shifts[0])
+        return ops.constant(*map(ops.value_of, scalars))
+
+    def carried(self, h: Tensor, entry: ops.Number, following: ops.Number) -> Tensor:
+        """The forward pass with the scalars carried along (``fixup_core.ops``).
+
+        Args:
+            h: The input plus ``entry``, this block's own.
+            entry: What ``h`` carries.
+            following: The next block's entry.
+
+        Returns:
+            The output plus ``following``.
+        """
+        convs: list[Any] = list(self.convs)
+        before, after = (list(map(ops.value_of, scalars)) for scalars in (self.norms, self.shifts))
+        if self.post:
+            first = out = ops.entered(h, after[0])
+        else:
+            first = out = ops.activation(h, before.pop(0), after[0])
+        for conv, own, behind in zip(convs[:-1], before, after[1:], strict=False):
+            out = ops.convolution(conv, out, Around(own, behind))
+        last = before[-1] if self.post else 0.0
+        carried = entry if self.shortcut is None else 0.0
+        return ops.convolution(
+            convs[-1],
+            self.dropout(out),
+            Around(last, following, carried, relu=self.post),
+            scale=ops.value_of(self.multiplier, 1.0),
+            shortcut=h if self.shortcut is None else self.shortcut(first),
+        )
 
     def left_out_is_defined(self) -> bool:
         """Whether something of the right shape goes round the branch."""

@@ -67,6 +67,11 @@ class Method:
     residual: bool = False
     batch: bool = False
 
+    @property
+    def scalars(self) -> bool:
+        """Whether it has any."""
+        return self.biases or self.multipliers
+
     def before_weights(self) -> nn.Module:
         """What stands before a convolution or linear layer."""
         return ScalarBias() if self.biases else nn.Identity()

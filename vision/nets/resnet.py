@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fixup_core import WeightLayer
+from fixup_core import WeightLayer, ops
 from fixup_core.errors import UserError
+from fixup_core.ops import Around
 from fixup_core.standards import TORCH_DEFAULT
 from vision.nets.blocks import ORDERS, SHORTCUTS, Block, Design
 from vision.nets.methods import Network, choose, make_activation
@@ -36,7 +37,7 @@ class Stem(nn.Module):
         super().__init__()
         kernel, stride = (7, 2) if imagenet else (3, 1)
         self.conv = design.convolution(inputs, outputs, kernel, stride)
-        post = design.order == "post"
+        self.post = post = design.order == "post"
         self.norm = design.method.before_activation(outputs) if post else nn.Identity()
         self.activation = make_activation(design.activation) if post else nn.Identity()
         self.pool = nn.MaxPool2d(3, 2, 1) if imagenet else nn.Identity()
@@ -48,13 +49,18 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(self.activation(self.norm(self.conv(x))))
 
+    def carried(self, x: Tensor, following: ops.Number) -> Tensor:
+        """The output plus ``following``, the first block's entry."""
+        around = Around(ops.value_of(self.norm), following, relu=self.post)
+        return self.pool(ops.convolution(self.conv, x, around))
+
 
 class Head(nn.Module):
     """Average over the image, then the classifier."""
 
     def __init__(self, design: Design, inputs: int, num_classes: int) -> None:
         super().__init__()
-        pre = design.order == "pre"
+        self.pre = pre = design.order == "pre"
         self.norm = design.method.before_activation(inputs) if pre else nn.Identity()
         self.activation = make_activation(design.activation) if pre else nn.Identity()
         self.shift = design.method.before_weights()
@@ -66,6 +72,17 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.activation(self.norm(x))
         return self.fc(self.shift(x.mean(dim=(2, 3))))
+
+    def entry(self) -> ops.Number:
+        """What the carried route has added to the head's input already."""
+        return ops.constant(ops.value_of(self.norm), ops.value_of(self.shift))
+
+    def carried(self, h: Tensor) -> Tensor:
+        """The logits of an input that carries ``entry``."""
+        before, after = ops.value_of(self.norm), ops.value_of(self.shift)
+        if self.pre:
+            return self.fc(ops.activation(h, before, after).mean(dim=(2, 3)))
+        return self.fc(ops.entered(h.mean(dim=(2, 3)), after))
 
 
 class ResNet(Network):
@@ -112,28 +129,46 @@ class ResNet(Network):
 
     def blocks(self) -> list[Block]:
         """All blocks, in the order of the forward pass."""
-        return [module for module in self.modules() if isinstance(module, Block)]
+        stages: Iterable[Any] = self.stages
+        return [block for stage in stages for block in stage]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        if self.checkpointing and torch.is_grad_enabled():
-            x = self._checkpointed(x)
-        else:
-            for stage in self.stages:
-                x = stage(x)
-        return self.head(x)
-
-    def _checkpointed(self, x: Tensor) -> Tensor:
+        """Logits [B, classes]; by the carried route where the scalars can be carried."""
         blocks = self.blocks()
-        size = math.isqrt(len(blocks))
-        for start in range(0, len(blocks), size):
-            segment = nn.Sequential(*blocks[start : start + size])
+        if not self.carries(blocks):
+            return self.head(self._through(blocks, self.stem(x)))
+        entries = [block.entry() for block in blocks] + [self.head.entry()]
+        steps = [
+            partial(block.carried, entry=own, following=following)
+            for block, own, following in zip(blocks, entries, entries[1:], strict=False)
+        ]
+        return self.head.carried(self._through(steps, self.stem.carried(x, entries[0])))
+
+    def carries(self, blocks: Sequence[Block]) -> bool:
+        """Whether the scalars are carried: ReLU is the only activation that can."""
+        design = self.design
+        able = design.method.scalars and design.activation == "relu"
+        return able and not any(block.skips_branch for block in blocks) and ops.carries(self)
+
+    def _through(self, steps: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+        """The steps one by one, or, with checkpointing, a square root of them at a time."""
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return _one_by_one(steps, x)
+        size = math.isqrt(len(steps))
+        for start in range(0, len(steps), size):
+            segment = steps[start : start + size]
             contexts = partial(_once_and_again, segment)
-            x = checkpoint(segment, x, use_reentrant=False, context_fn=contexts)
+            x = checkpoint(_one_by_one, segment, x, use_reentrant=False, context_fn=contexts)
         return x
 
 
-def _once_and_again(segment: nn.Module) -> tuple[Any, Any]:
+def _one_by_one(steps: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+    for step in steps:
+        x = step(x)
+    return x
+
+
+def _once_and_again(segment: Sequence[Any]) -> tuple[Any, Any]:
     """Contexts of a segment's forward pass and of its repetition, which leaves the running
     statistics of batch normalisation alone: they have seen the batch.
     """
@@ -141,8 +176,9 @@ def _once_and_again(segment: nn.Module) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _without_tracking(segment: nn.Module) -> Iterator[None]:
-    norms = [m for m in segment.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+def _without_tracking(segment: Sequence[Any]) -> Iterator[None]:
+    parts = [m for step in segment if isinstance(step, nn.Module) for m in step.modules()]
+    norms = [m for m in parts if isinstance(m, nn.BatchNorm2d) and m.training]
     before = [(norm.momentum, _counter(norm).clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
