@@ -1,7 +1,8 @@
 """Command line: ``python -m vision fit|validate|test|predict --config ...``, and tools around it.
 
 ``sweep depth|lr|degradation|lesion`` draws the paper's figures, ``compare`` sets finished runs side
-by side, ``demo`` trains Fixup and BatchNorm on the built-in digits.
+by side, ``export`` writes a network as ONNX, ``demo`` trains Fixup and BatchNorm on the built-in
+digits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fixup_core.errors import explain
 from vision.cli import RUNS, VisionCLI
 from vision.compare import compare, demo
 from vision.errors import KNOWN, Parser
+from vision.export import export
 from vision.sweep import COMMANDS
 
 
@@ -42,6 +44,7 @@ def _tool(functions: Any, name: str) -> Callable[[list[str]], object]:
 TOOLS: dict[str, Callable[[list[str]], object]] = {
     "sweep": _tool(COMMANDS, "sweep"),
     "compare": _compare,
+    "export": _tool(export, "export"),
     "demo": _tool(demo, "demo"),
 }
 

@@ -28,7 +28,7 @@ from vision.lit_classifier import LitClassifier
 RUNS = Path("runs/vision")
 HELP = (
     "Fixup ResNets and their rivals. Besides the commands below: sweep (the paper's figures), "
-    "compare (finished runs side by side), demo; each has a --help of its own."
+    "compare (finished runs side by side), export (ONNX), demo; each has a --help of its own."
 )
 
 # A run that goes on writes into the folder it has.

@@ -33,6 +33,11 @@ KNOWN: tuple[Advice, ...] = (
         "classes than this project's checkpoints do",
     ),
     (MisconfigurationException, "", "{error}"),
+    (
+        ModuleNotFoundError,
+        "onnx",
+        "exporting wants onnx, onnxruntime and onnxscript: pip install 'fixup[export]'",
+    ),
     (EOFError, "", "the checkpoint is empty: take another file of the same folder"),
     (KeyError, r"^\d+$", "not a checkpoint: check --ckpt_path"),
     (IsADirectoryError, "", "{filename} is a folder: give a file"),

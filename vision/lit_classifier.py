@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -267,6 +268,17 @@ class LitClassifier(L.LightningModule):
         if not batches:
             raise UserError("no batch to train on: raise --trainer.limit_train_batches")
         return math.ceil(batches / self.trainer.accumulate_grad_batches)
+
+
+def load_classifier(checkpoint: Path) -> LitClassifier:
+    """The classifier of a checkpoint, on the CPU.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    if not checkpoint.is_file():
+        raise UserError(f"{checkpoint} does not exist: give a checkpoint of python -m vision fit")
+    return LitClassifier.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
 
 
 def _total(metric: Any) -> dict[str, Tensor]:

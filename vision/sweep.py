@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from fixup_core.errors import UserError
 from vision.cli import RUNS
 from vision.data import VisionData
-from vision.lit_classifier import DivergedError, LitClassifier
+from vision.lit_classifier import DivergedError, LitClassifier, load_classifier
 from vision.nets import check_net, net_options
 from vision.plots import Curve, Panel, draw
 
@@ -313,9 +313,7 @@ def lesion(
         output: Folder of ``lesion.csv`` and ``lesion.png``.
         accelerator: cpu, gpu or auto.
     """
-    if not checkpoint.is_file():
-        raise UserError(f"{checkpoint} does not exist: give a checkpoint of python -m vision fit")
-    model = LitClassifier.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    model = load_classifier(checkpoint)
     blocks = getattr(model.net, "blocks", None)
     if blocks is None:
         raise UserError(f"{model.args.net} is not made of blocks that could be left out")

@@ -18,7 +18,8 @@ from vision import sweep
 from vision.cli import VisionCLI
 from vision.compare import compare, read_run
 from vision.data import Digits
-from vision.lit_classifier import LitClassifier
+from vision.export import export
+from vision.lit_classifier import LitClassifier, load_classifier
 from vision.nets import build_net
 from vision.sweep import Recipe, Table, run_point
 
@@ -106,6 +107,45 @@ def test_lesion_and_comparison_of_a_finished_run(tmp_path: Path, capsys) -> None
     compare([run, run], tmp_path / "both.png")
     assert capsys.readouterr().out.count("run                ") == 3
     assert (tmp_path / "both.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("method", ["fixup", "batchnorm"])
+def test_an_exported_network_is_the_same_for_any_batch(method: str, tmp_path: Path, capsys) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    _fit(tmp_path, "--model.method", method, "--trainer.max_epochs", "1")
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    export(checkpoint, tmp_path / "new" / "model.onnx", image_size=8)
+    assert "onnxruntime differs by" in capsys.readouterr().out
+    session = runtime.InferenceSession(str(tmp_path / "new" / "model.onnx"))
+    images = torch.randn(5, 1, 8, 8)
+    (logits,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        expected = load_classifier(checkpoint).net.eval()(images)
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
+    kinds = {
+        node.op_type
+        for node in pytest.importorskip("onnx").load(tmp_path / "new/model.onnx").graph.node
+    }
+    assert kinds <= {
+        "Conv",
+        "Clip",
+        "Relu",
+        "Max",
+        "Add",
+        "AveragePool",
+        "Pad",
+        "ReduceMean",
+        "Gemm",
+    }
+
+
+def test_an_export_that_differs_is_not_written(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("onnxruntime")
+    _fit(tmp_path, "--trainer.max_epochs", "1")
+    monkeypatch.setattr("vision.export.difference", lambda *_: float("nan"))
+    with pytest.raises(UserError, match="differ from PyTorch's by nan"):
+        export(tmp_path / "checkpoints/last.ckpt", tmp_path / "m.onnx", image_size=8)
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_comparison_reads_a_run_that_went_on(tmp_path: Path) -> None:

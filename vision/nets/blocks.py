@@ -7,6 +7,7 @@ pre-activation. What differs comes in as a ``Method`` and a ``Design``.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,9 @@ from torch.nn import functional as F
 
 from fixup_core import ResidualBranch, WeightLayer, ops
 from fixup_core.errors import UserError
+from fixup_core.fold import Floor, floor_of, folded_convolution
 from fixup_core.ops import Around
+from vision.nets.folded import FoldedBlock
 from vision.nets.methods import Method, make_activation
 
 ORDERS = ("post", "pre")
@@ -170,22 +173,45 @@ class Block(nn.Module):
         Returns:
             The output plus ``following``.
         """
-        convs: list[Any] = list(self.convs)
-        before, after = (list(map(ops.value_of, scalars)) for scalars in (self.norms, self.shifts))
+        shift = ops.value_of(self.shifts[0])
         if self.post:
-            first = out = ops.entered(h, after[0])
+            first = out = ops.entered(h, shift)
         else:
-            first = out = ops.activation(h, before.pop(0), after[0])
-        for conv, own, behind in zip(convs[:-1], before, after[1:], strict=False):
-            out = ops.convolution(conv, out, Around(own, behind))
-        last = before[-1] if self.post else 0.0
-        carried = entry if self.shortcut is None else 0.0
+            first = out = ops.activation(h, ops.value_of(self.norms[0]), shift)
+        *inner, last = self._around(entry, following)
+        convs: list[Any] = list(self.convs)
+        for conv, around in zip(convs[:-1], inner, strict=True):
+            out = ops.convolution(conv, out, around)
         return ops.convolution(
             convs[-1],
             self.dropout(out),
-            Around(last, following, carried, relu=self.post),
+            last,
             scale=ops.value_of(self.multiplier, 1.0),
             shortcut=h if self.shortcut is None else self.shortcut(first),
+        )
+
+    def _around(self, entry: ops.Number, following: ops.Number) -> list[Around]:
+        """The scalars behind each convolution."""
+        before = [ops.value_of(norm) for norm in self.norms]
+        after = [ops.value_of(shift) for shift in self.shifts]
+        before = before if self.post else [*before[1:], 0.0]
+        carried = entry if self.shortcut is None else 0.0
+        inner = map(Around, before[:-1], after[1:])
+        return [*inner, Around(before[-1], following, carried, relu=self.post)]
+
+    def folded(self, entry: ops.Number, following: ops.Number) -> nn.Module:
+        """``carried`` for good: a block without scalars."""
+        around = self._around(entry, following)
+        enter: nn.Module = nn.Identity()
+        if not self.post:
+            enter = Floor(float(ops.value_of(self.shifts[0])))
+        scales = [*[1.0] * (len(around) - 1), ops.value_of(self.multiplier, 1.0)]
+        convs: list[Any] = list(self.convs)
+        return FoldedBlock(
+            enter,
+            [folded_convolution(*each) for each in zip(convs, around, scales, strict=True)],
+            [floor_of(each) for each in around],
+            copy.deepcopy(self.shortcut),
         )
 
     def left_out_is_defined(self) -> bool:

@@ -150,12 +150,11 @@ def build_net(
         UserError: An unknown name, method or option, an impossible depth, or a method the network
             cannot take.
     """
-    net, family = _built(name, method, num_classes=num_classes, **options)
+    net = _built(name, method, num_classes=num_classes, **options)
     chosen = METHODS[method]
     if chosen.batch and batch is None:
-        channels, size = family.image
-        size = options.get("image_size", size)
-        batch = torch.randn(16, options.get("in_channels", channels), size, size)
+        channels, size = image_of(name, **options)
+        batch = torch.randn(16, channels, size, size)
     initialise_(net, chosen, batch)
     return net
 
@@ -171,8 +170,14 @@ def net_options(name: str) -> tuple[str, ...]:
     return _parse(name)[0].options
 
 
-def _built(name: str, method: str, **options: Any) -> tuple[Network, Family]:
-    """The network, its weights not yet written, and its family."""
+def image_of(name: str, **options: Any) -> tuple[int, int]:
+    """Channels and size of the images that a network of that name and options is made for."""
+    channels, size = _parse(name)[0].image
+    return options.get("in_channels", channels), options.get("image_size", size)
+
+
+def _built(name: str, method: str, **options: Any) -> Network:
+    """The network, its weights not yet written."""
     family, numbers = _parse(name)
     if method not in METHODS:
         raise UserError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
@@ -182,7 +187,7 @@ def _built(name: str, method: str, **options: Any) -> tuple[Network, Family]:
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(family.options)}"
             raise UserError(f"{name} has no option {option!r}; {hint}")
     try:
-        return family.build(*numbers, method=METHODS[method], **options), family
+        return family.build(*numbers, method=METHODS[method], **options)
     except TypeError as error:
         raise UserError(f"{name}: {error}") from error
 

@@ -10,9 +10,11 @@ torchvision, not on the first 1x1.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,9 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fixup_core import WeightLayer, ops
 from fixup_core.errors import UserError
+from fixup_core.fold import floor_of, folded_convolution
 from fixup_core.ops import Around
 from fixup_core.standards import TORCH_DEFAULT
 from vision.nets.blocks import ORDERS, SHORTCUTS, Block, Design
+from vision.nets.folded import FoldedHead
 from vision.nets.methods import Network, choose, make_activation
 
 
@@ -54,6 +58,11 @@ class Stem(nn.Module):
         around = Around(ops.value_of(self.norm), following, relu=self.post)
         return self.pool(ops.convolution(self.conv, x, around))
 
+    def folded(self, following: ops.Number) -> nn.Module:
+        """``carried`` for good."""
+        around = Around(ops.value_of(self.norm), following, relu=self.post)
+        return nn.Sequential(folded_convolution(self.conv, around), floor_of(around), self.pool)
+
 
 class Head(nn.Module):
     """Average over the image, then the classifier."""
@@ -83,6 +92,11 @@ class Head(nn.Module):
         if self.pre:
             return self.fc(ops.activation(h, before, after).mean(dim=(2, 3)))
         return self.fc(ops.entered(h.mean(dim=(2, 3)), after))
+
+    def folded(self) -> nn.Module:
+        """``carried`` for good."""
+        around = Around(after=ops.value_of(self.shift), relu=self.pre)
+        return FoldedHead(floor_of(around), copy.deepcopy(self.fc))
 
 
 class ResNet(Network):
@@ -137,18 +151,37 @@ class ResNet(Network):
         blocks = self.blocks()
         if not self.carries(blocks):
             return self.head(self._through(blocks, self.stem(x)))
-        entries = [block.entry() for block in blocks] + [self.head.entry()]
+        entries = self._entries(blocks)
         steps = [
             partial(block.carried, entry=own, following=following)
-            for block, own, following in zip(blocks, entries, entries[1:], strict=False)
+            for block, (own, following) in zip(blocks, pairwise(entries), strict=True)
         ]
         return self.head.carried(self._through(steps, self.stem.carried(x, entries[0])))
 
+    def _entries(self, blocks: Sequence[Block]) -> list[ops.Number]:
+        """What each block, and the head, finds added to its input."""
+        return [*(block.entry() for block in blocks), self.head.entry()]
+
+    def folded(self) -> nn.Module:
+        """The plain network of ``fixup_core.fold``.
+
+        Raises:
+            UserError: A method without scalars, or another activation than ReLU.
+        """
+        if not self._has_carriable_scalars():
+            raise UserError("only networks with Fixup's scalars and ReLU can be folded")
+        blocks = self.blocks()
+        entries = self._entries(blocks)
+        folded = [b.folded(*pair) for b, pair in zip(blocks, pairwise(entries), strict=True)]
+        return nn.Sequential(self.stem.folded(entries[0]), *folded, self.head.folded())
+
     def carries(self, blocks: Sequence[Block]) -> bool:
         """Whether the scalars are carried: ReLU is the only activation that can."""
-        design = self.design
-        able = design.method.scalars and design.activation == "relu"
-        return able and not any(block.skips_branch for block in blocks) and ops.carries(self)
+        whole = not any(block.skips_branch for block in blocks)
+        return self._has_carriable_scalars() and whole and ops.carries(self)
+
+    def _has_carriable_scalars(self) -> bool:
+        return self.design.method.scalars and self.design.activation == "relu"
 
     def _through(self, steps: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
         """The steps one by one, or, with checkpointing, a square root of them at a time."""
