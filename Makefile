@@ -43,6 +43,7 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup
+	$(BIN)/python benchmarks/vision_step.py
 	$(BIN)/python benchmarks/mt_step.py
 
 clean:

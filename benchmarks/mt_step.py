@@ -1,8 +1,7 @@
 """Seconds of one training step: Fixup against fairseq's own LayerNorm Transformer, side by side.
 
-``python benchmarks/mt_step.py [--layers 3 --width 256 ...]`` runs the contestants' steps in turn,
-so that a machine whose speed drifts slows all of them, and prints the median and the minimum of
-each and the median of the ratios, round by round, to the first. ``--json FILE`` keeps them.
+``python benchmarks/mt_step.py [--layers 3 --width 256 ...]`` prints the median and the minimum of
+each and the ratios to the first. ``--json FILE`` keeps them.
 
 Contestants: fairseq's ``transformer`` (pre-norm) in float32 and under bfloat16 autocast,
 ``transformer_fixup`` in float32 and with ``--fixup-autocast bf16``. A step is forward, label-
@@ -14,14 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +23,7 @@ from fairseq import models
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.data import Dictionary
 from omegaconf import OmegaConf
+from side_by_side import add_arguments, compare, show, write
 
 import fixup_mt  # noqa: F401 (registers the models)
 
@@ -51,28 +45,19 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
     steps = {name: _step(args, *settings) for name, settings in CONTESTANTS.items()}
-    for step in steps.values():
-        step()
-    rounds = []
-    for number in range(args.rounds):
-        rounds.append({name: _seconds(step) for name, step in steps.items()})
-        print(f"round {number + 1}/{args.rounds}", end="\r", file=sys.stderr, flush=True)
-    result = {"settings": vars(args) | {"json": str(args.json)}, "machine": _machine()}
-    result["seconds"] = summary = _summary(rounds)
-    for name, row in summary.items():
-        print("{:18} median {:.3f} s  minimum {:.3f} s  ratio {:.2f}".format(name, *row.values()))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    summary = compare(steps, args.rounds)
+    show("a training step of a translation model", summary)
+    write(args, {"seconds": summary})
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     for option, value in (
         *(("layers", 3), ("width", 256), ("ffn", 1024), ("heads", 4), ("words", 5000)),
-        *(("sentences", 100), ("length", 20), ("rounds", 12), ("threads", 2)),
+        *(("sentences", 100), ("length", 20)),
     ):
         parser.add_argument(f"--{option}", type=int, default=value, help=f"default: {value}")
-    parser.add_argument("--json", type=Path, help="write the result there")
+    add_arguments(parser, rounds=12)
     return parser.parse_args()
 
 
@@ -120,33 +105,6 @@ def _batch(args: argparse.Namespace, num_words: int) -> dict[str, Any]:
         },
         "target": target,
         "ntokens": target.numel(),
-    }
-
-
-def _seconds(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def _summary(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    first = next(iter(CONTESTANTS))
-    return {
-        name: {
-            "median": statistics.median(r[name] for r in rounds),
-            "minimum": min(r[name] for r in rounds),
-            "median_ratio": statistics.median(r[name] / r[first] for r in rounds),
-        }
-        for name in CONTESTANTS
-    }
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "capability": torch.backends.cpu.get_cpu_capability(),
     }
 
 

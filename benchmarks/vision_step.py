@@ -1,0 +1,182 @@
+"""What Fixup's scalars cost a ResNet: seconds, memory and bytes kept, side by side.
+
+``python benchmarks/vision_step.py [--nets cifar_resnet32 --rounds 20 ...]`` compares, for a
+training step (forward, loss, backward), for inference, and in float32 and bfloat16 (autocast), all
+in channels_last:
+
+- ``bare``: the same network without normalisation and without scalars;
+- ``Fixup``: scalars carried (``fixup_core.ops``); ``folded``: by ``fixup_core.fold``;
+- ``Fixup, plain``: every scalar a pass over its tensor, as the authors' code has it;
+- ``BatchNorm``.
+
+Bytes are those of distinct tensors kept for the backward pass; peaks are of a training step in a
+process of its own, above what the process held before, each large tensor mapped by itself: else the
+holes that the allocator leaves would be measured (up to a third more, for all contestants).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from side_by_side import add_arguments, compare, show, write
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fixup_core import ops
+from fixup_core.fold import fold
+from vision.nets import build_net
+
+SHAPES = {"cifar_resnet32": (128, 32), "cifar_resnet110": (128, 32), "imagenet_resnet50": (16, 224)}
+"""Name of the network, images in a batch, side of an image."""
+
+METHODS = {
+    "bare": "fixup_rule2",
+    "Fixup": "fixup",
+    "Fixup, plain": "fixup",
+    "BatchNorm": "batchnorm",
+}
+PRECISIONS = ("float32", "bfloat16")
+
+
+def main() -> None:
+    args = _parse()
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        print(json.dumps(_peak(*args.peak)))
+        return
+    results: dict[str, Any] = {}
+    for net in args.nets:
+        for precision in PRECISIONS:
+            title = f"{net}, {SHAPES[net][0]} images of {SHAPES[net][1]}, {precision}"
+            results[title] = found = _measure(net, precision, args)
+            show(f"{title}: training step", found["train"])
+            show(f"{title}: inference", found["inference"])
+            for kind in ("kept", "peak"):
+                first = found[kind]["bare"]
+                row = {name: f"{value / first:.3f}" for name, value in found[kind].items()}
+                print(f"\n{title}: bytes {kind}, ratio to bare ({first / 1e6:.1f} MB)\n  {row}")
+    write(args, results)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nets", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--peak", nargs=3, metavar=("NET", "CONTESTANT", "PRECISION"))
+    add_arguments(parser, rounds=20)
+    return parser.parse_args()
+
+
+def _measure(name: str, precision: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    nets = {contestant: _net(name, method) for contestant, method in METHODS.items()}
+    images, labels = _batch(name)
+    train = {c: _training(net, images, labels, c, precision) for c, net in nets.items()}
+    folded = {c: net.eval() for c, net in nets.items()}
+    summary = {"train": compare(train, args.rounds)}
+    infer = {c: _inference(net, images, c, precision) for c, net in folded.items()}
+    infer["Fixup, folded"] = _inference(fold(nets["Fixup"]), images, "folded", precision)
+    summary["inference"] = compare(infer, args.rounds)
+    kept = {c: _kept(net.train(), images, c, precision) for c, net in nets.items()}
+    peak = {c: _peak_elsewhere(name, c, precision, args.threads) for c in METHODS}
+    return {**summary, "kept": kept, "peak": peak}
+
+
+def _net(name: str, method: str) -> nn.Module:
+    torch.manual_seed(0)
+    net = build_net(name, method=method)
+    with torch.no_grad():  # a network that has learnt something, not one of zeros
+        for parameter in net.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return net.to(memory_format=torch.channels_last)
+
+
+def _batch(name: str, count: int = 0) -> tuple[Tensor, Tensor]:
+    images, side = SHAPES[name]
+    count = count or images
+    batch = torch.randn(count, 3, side, side).contiguous(memory_format=torch.channels_last)
+    return batch, torch.arange(count) % 10
+
+
+@contextlib.contextmanager
+def _route(contestant: str, precision: str) -> Iterator[None]:
+    plain = ops.plain_route() if contestant.endswith("plain") else contextlib.nullcontext()
+    with plain, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        yield
+
+
+def _training(
+    net: nn.Module, images: Tensor, labels: Tensor, contestant: str, precision: str
+) -> Callable[[], None]:
+    def step() -> None:
+        net.train().zero_grad()
+        with _route(contestant, precision):
+            logits = net(images)
+        F.cross_entropy(logits.float(), labels).backward()
+
+    return step
+
+
+def _inference(
+    net: nn.Module, images: Tensor, contestant: str, precision: str
+) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        with torch.no_grad(), _route(contestant, precision):
+            return net.eval()(images)
+
+    return step
+
+
+def _kept(net: nn.Module, images: Tensor, contestant: str, precision: str) -> int:
+    """Bytes of the distinct storages that the backward pass keeps."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    keep = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with keep, _route(contestant, precision):
+        held = net(images)  # or memory would be given back, and its address used again
+    del held
+    return sum(storages.values())
+
+
+def _peak_elsewhere(name: str, contestant: str, precision: str, threads: int) -> int:
+    line = [sys.executable, __file__, "--threads", str(threads)]
+    line += ["--peak", name, contestant, precision]
+    env = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}
+    run = subprocess.run(line, check=True, capture_output=True, text=True, env=env)
+    return json.loads(run.stdout)
+
+
+def _peak(name: str, contestant: str, precision: str) -> int:
+    """Bytes that a training step takes at its peak, above what was held before."""
+    net = _net(name, METHODS[contestant])
+    _training(net, *_batch(name, 2), contestant, precision)()
+    images, labels = _batch(name)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    _training(net, images, labels, contestant, precision)()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {field}: peaks are measured on Linux alone")
+
+
+if __name__ == "__main__":
+    main()
