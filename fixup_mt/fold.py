@@ -52,6 +52,18 @@ def fold_transformer(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.float().cpu() for name, tensor in folded.items()}
 
 
+def positions(stack: Any) -> Tensor:
+    """The embeddings of the positions of an encoder or decoder, [maximum, D]."""
+    table, width = stack.embed_positions, stack.embed_tokens.embedding_dim
+    if table is None:
+        return torch.zeros(int(stack.max_positions()), width)
+    first = int(table.padding_idx or 0) + 1
+    if isinstance(table, nn.Embedding):
+        return table.weight.detach()[first:].float().cpu()
+    weights: Tensor = table.get_embedding(first + int(stack.max_positions()), width, first - 1)
+    return weights[first:]
+
+
 def check(model: nn.Module) -> None:
     """Raise ``UserError`` unless every part of the model can be folded exactly."""
     if not isinstance(model, FixupTransformerModel):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 from pathlib import Path
 
 import torch
@@ -13,6 +9,7 @@ from torch import Tensor, nn
 
 from fixup_core.errors import UserError
 from fixup_core.fold import fold
+from fixup_core.onnx_file import write_onnx
 from vision.lit_classifier import LitClassifier, load_classifier
 from vision.nets import METHODS, image_of
 
@@ -37,7 +34,14 @@ def export(checkpoint: Path, output: Path = Path("model.onnx"), image_size: int 
     net = plain_network(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f"{output.name}.tmp")
-    _write(net, images, temporary)
+    write_onnx(
+        net,
+        [images],
+        temporary,
+        input_names=["images"],
+        output_names=["logits"],
+        free_sizes=[{0: "batch"}],
+    )
     off = difference(temporary, net, images)
     if not off <= TOLERANCE:
         raise UserError(
@@ -64,20 +68,3 @@ def difference(file: Path, net: nn.Module, images: Tensor) -> float:
     with torch.no_grad():
         expected = net(images)
     return ((torch.from_numpy(logits) - expected).abs().max() / expected.abs().max()).item()
-
-
-def _write(net: nn.Module, images: Tensor, file: Path) -> None:
-    """Silently: the exporter reports on its work in many lines."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            net,
-            (images,),
-            file,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            external_data=False,
-            dynamo=True,
-        )

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fixup_mt import export, translate
+from fixup_mt import ctranslate2_model, export, onnx_model, translate
 from fixup_mt.__main__ import main
 from fixup_mt.errors import UserError
-from fixup_mt.fold import fold_transformer
-from tests.mt.helpers import build, build_lm, dictionary, task, trained
+from fixup_mt.fold import fold_transformer, positions
+from fixup_mt.plain import PlainDecoderStep, PlainEncoder
+from tests.mt.helpers import batch, build, build_lm, dictionary, task, trained
 
 pytest.importorskip("ctranslate2")
 
@@ -32,7 +33,8 @@ SIDES = task(dictionary(30, "s"), dictionary(35, "t"))
 
 
 def _arguments(output: Path, **more) -> SimpleNamespace:
-    return SimpleNamespace(output=output, **{"quantization": None, "sentencepiece": None} | more)
+    defaults = {"quantization": None, "sentencepiece": None, "format": "ctranslate2"}
+    return SimpleNamespace(output=output, **(defaults | more))
 
 
 def _model(name: str):
@@ -41,19 +43,48 @@ def _model(name: str):
     return trained(build(on=sides, **MODELS[name])), sides
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_ctranslate2_gives_the_models_log_probabilities(name: str, tmp_path: Path) -> None:
+ENGINES = {"ctranslate2": ctranslate2_model, "onnx": onnx_model}
+
+
+WRITTEN = [("ctranslate2", name) for name in MODELS]
+WRITTEN += [("onnx", name) for name in ("other depths", "learned positions", "tied, gain")]
+
+
+@pytest.mark.parametrize(("engine", "name"), WRITTEN)
+def test_an_engine_gives_the_models_log_probabilities(
+    name: str, engine: str, tmp_path: Path
+) -> None:
+    if engine == "onnx":
+        pytest.importorskip("onnxruntime")
     model, sides = _model(name)
-    export._export_ctranslate2(_arguments(tmp_path / "out"), model, sides)
-    assert export.difference(tmp_path / "out", model, sides) < 2e-4
+    export.export(model, sides, _arguments(tmp_path / "out", format=engine))
+    theirs = ENGINES[engine].log_probabilities
+    assert export.difference(theirs, tmp_path / "out", model, sides) < 2e-4
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_plain_decoder_goes_step_by_step_over_padded_sentences() -> None:
+    model = trained(build())
+    inputs = batch()
+    encoder = PlainEncoder(model, positions(model.encoder), pad=1)
+    step = PlainDecoderStep(model, positions(model.decoder))
+    with torch.no_grad():
+        expected, _ = model(**inputs)
+        memory, words = encoder(inputs["src_tokens"])
+        past = memory[:, :, :, :, :0]
+        for place, tokens in enumerate(inputs["prev_output_tokens"].unbind(1)):
+            logits, past = step(tokens, past, memory, words)
+            real = tokens != 1
+            torch.testing.assert_close(logits[real], expected[real, place], rtol=1e-4, atol=1e-4)
 
 
 def test_a_norm_that_is_no_identity_would_be_noticed(tmp_path: Path, monkeypatch) -> None:
     model, sides = _model("tiny")
-    monkeypatch.setattr(export, "EPSILON", 1e-6)
-    with pytest.raises(UserError, match="log-probabilities differ from the model's by up to"):
-        export._export_ctranslate2(_arguments(tmp_path / "out"), model, sides)
+    monkeypatch.setattr(ctranslate2_model, "EPSILON", 1e-6)
+    with pytest.raises(
+        UserError, match="log-probabilities of ctranslate2 differ from the model's by up to"
+    ):
+        export.export(model, sides, _arguments(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
 
@@ -61,10 +92,12 @@ def test_a_norm_that_is_no_identity_would_be_noticed(tmp_path: Path, monkeypatch
 def test_quantised_weights_are_near(quantization: str, tmp_path: Path) -> None:
     model, sides = _model("tiny")
     for name, kind in (("whole", None), ("small", quantization)):
-        export._export_ctranslate2(_arguments(tmp_path / name, quantization=kind), model, sides)
+        export.export(model, sides, _arguments(tmp_path / name, quantization=kind))
     sizes = [(tmp_path / name / "model.bin").stat().st_size for name in ("whole", "small")]
     assert sizes[1] < 0.6 * sizes[0]
-    assert export.difference(tmp_path / "small", model, sides) < 1.0  # weights of noise
+    theirs = ctranslate2_model.log_probabilities
+    # The weights are noise.
+    assert export.difference(theirs, tmp_path / "small", model, sides) < 1.0
 
 
 def test_folded_weights_are_those_of_a_plain_transformer() -> None:
@@ -113,7 +146,7 @@ def test_folded_weights_are_those_of_a_plain_transformer() -> None:
 def test_what_cannot_be_exported_is_refused(options: dict, says: str, tmp_path: Path) -> None:
     model = build(on=SIDES, **options)
     with pytest.raises(UserError, match=says):
-        export._export_ctranslate2(_arguments(tmp_path / "out"), model, SIDES)
+        export.export(model, SIDES, _arguments(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
 
@@ -126,7 +159,7 @@ def test_a_language_model_is_refused() -> None:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served") / "model"
     model, sides = _model("tiny")
-    export._export_ctranslate2(_arguments(folder), model, sides)
+    export.export(model, sides, _arguments(folder))
     return folder
 
 

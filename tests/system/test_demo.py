@@ -178,7 +178,7 @@ def test_the_exported_demo_model_translates_as_well(tmp_path: Path) -> None:
     assert main(["demo", f"--output={tmp_path}", "--threads=2"]) == 0
     expected = json.loads((tmp_path / "result.json").read_text())["models"][0]["bleu"]
     model = str(tmp_path / "model")
-    line = ["--checkpoint", str(tmp_path / "fixup" / "averaged.pt"), "--output", model]
+    line = ["--checkpoint", str(tmp_path / "fixup" / "checkpoint_best.pt"), "--output", model]
     pieces = ["--sentencepiece", str(tmp_path / "pieces" / "sentencepiece.model")]
     assert main(["export", *line, "--data-bin", str(tmp_path / "data"), *pieces]) == 0
     references = (tmp_path / "corpus" / "test.en").read_text().splitlines()
