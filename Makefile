@@ -45,6 +45,7 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/vision_step.py
 	$(BIN)/python benchmarks/mt_step.py
+	$(BIN)/python benchmarks/mt_generate.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

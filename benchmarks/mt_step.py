@@ -68,7 +68,7 @@ def _step(
     for i in range(args.words):
         words.add_symbol(f"w{i}")
     task = SimpleNamespace(source_dictionary=words, target_dictionary=words)
-    model = models.build_model(OmegaConf.create(_sizes(args) | model_options), task).train()
+    model = models.build_model(OmegaConf.create(sizes(args) | model_options), task).train()
     loss = LabelSmoothedCrossEntropyCriterion(task, sentence_avg=False, label_smoothing=0.1)
     sample = _batch(args, len(words))
 
@@ -82,7 +82,8 @@ def _step(
     return step
 
 
-def _sizes(args: argparse.Namespace) -> dict[str, Any]:
+def sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """The models' sizes, as options."""
     return {"dropout": 0.3} | {
         f"{side}_{name}": value
         for side in ("encoder", "decoder")

@@ -35,8 +35,13 @@ from fixup_core import ops
 from fixup_core.fold import fold
 from vision.nets import build_net
 
-SHAPES = {"cifar_resnet32": (128, 32), "cifar_resnet110": (128, 32), "imagenet_resnet50": (16, 224)}
-"""Name of the network, images in a batch, side of an image."""
+SHAPES = {
+    "cifar_resnet8": (16, 32),
+    "cifar_resnet32": (128, 32),
+    "cifar_resnet110": (128, 32),
+    "imagenet_resnet50": (16, 224),
+}
+"""Name of the network, images in a batch, side of an image; the first is for trying things out."""
 
 METHODS = {
     "bare": "fixup_rule2",
@@ -71,7 +76,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--nets", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--nets", nargs="+", default=list(SHAPES)[1:], choices=list(SHAPES))
     parser.add_argument("--peak", nargs=3, metavar=("NET", "CONTESTANT", "PRECISION"))
     add_arguments(parser, rounds=20)
     return parser.parse_args()

@@ -59,6 +59,7 @@ def draw(panels: Sequence[Panel], file: Path) -> None:
 
 
 def _fill(axes: Axes, panel: Panel) -> None:
+    marked = 0
     for curve in panel.curves:
         good = [(x, y) for x, y in curve.points if math.isfinite(y)]
         lost = [x for x, y in curve.points if not math.isfinite(y)]
@@ -66,7 +67,8 @@ def _fill(axes: Axes, panel: Panel) -> None:
             [x for x, _ in good], [y for _, y in good], "o-", ms=4, label=curve.name
         )
         if lost:
-            _mark(axes, lost, line.get_color())
+            _mark(axes, lost, line.get_color(), marked)
+            marked += 1
     if panel.log_x:
         axes.set_xscale("log")
     if panel.ticks:
@@ -77,8 +79,8 @@ def _fill(axes: Axes, panel: Panel) -> None:
     axes.legend()
 
 
-def _mark(axes: Axes, xs: Sequence[float], colour: Any) -> None:
-    """Crosses at the foot of the figure, which would confuse its layout."""
-    foot = axes.get_xaxis_transform()
-    (crosses,) = axes.plot(xs, [0.02] * len(xs), "x", color=colour, clip_on=False, transform=foot)
+def _mark(axes: Axes, xs: Sequence[float], colour: Any, row: int) -> None:
+    """A row of crosses at the foot of the figure, which would confuse its layout."""
+    foot, heights = axes.get_xaxis_transform(), [0.02 + 0.04 * row] * len(xs)
+    (crosses,) = axes.plot(xs, heights, "x", color=colour, clip_on=False, transform=foot)
     crosses.set_in_layout(False)

@@ -1,0 +1,106 @@
+"""Seconds of beam search: Fixup against fairseq's own LayerNorm Transformer, and served.
+
+``python benchmarks/mt_generate.py [--layers 3 --width 256 ...]`` translates one batch of random
+words into ``--length`` pieces, no more and no less, with every contestant: fairseq's own
+``transformer`` (pre-norm) and ``transformer_fixup`` in ``SequenceGenerator``, as
+``fairseq-generate`` runs it, and the latter exported to CTranslate2, in float32 and int8. The weights
+are those of no training, but none is 0; how long a step takes does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from fairseq import models
+from fairseq.data import Dictionary
+from fairseq.sequence_generator import SequenceGenerator
+from mt_step import PRE_NORM, sizes
+from omegaconf import OmegaConf
+from side_by_side import add_arguments, compare, show, write
+
+import fixup_mt  # noqa: F401 (registers the models)
+from fixup_mt import ctranslate2_model
+
+FIXUP = {"_name": "transformer_fixup"}
+
+
+def main() -> None:
+    args = _parse()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(args.threads)
+    words = Dictionary()
+    for i in range(args.words):
+        words.add_symbol(f"w{i}")
+    task = SimpleNamespace(source_dictionary=words, target_dictionary=words)
+    shape = (args.sentences, args.length)
+    batch = torch.randint(words.nspecial, len(words), shape)
+    with tempfile.TemporaryDirectory() as folder:
+        layernorm, fixup = (_model(args, task, options) for options in (PRE_NORM, FIXUP))
+        ctranslate2_model.write(Path(folder), fixup, task)
+        steps = {
+            "LayerNorm, fairseq": _fairseq(args, task, layernorm, batch),
+            "Fixup, fairseq": _fairseq(args, task, fixup, batch),
+            "Fixup, CTranslate2 float32": _served(args, words, folder, batch, "float32"),
+            "Fixup, CTranslate2 int8": _served(args, words, folder, batch, "int8"),
+        }
+        summary = compare(steps, args.rounds)
+    show(f"{args.sentences} sentences of {args.length} pieces, beam {args.beam}", summary)
+    for name, row in summary.items():
+        print(f"  {name:28} {args.sentences / row['median']:8.1f} sentences a second")
+    write(args, {"seconds": summary})
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for option, value in (
+        *(("layers", 3), ("width", 256), ("ffn", 1024), ("heads", 4), ("words", 5000)),
+        *(("sentences", 64), ("length", 20), ("beam", 5)),
+    ):
+        parser.add_argument(f"--{option}", type=int, default=value, help=f"default: {value}")
+    add_arguments(parser, rounds=8)
+    return parser.parse_args()
+
+
+def _model(args: argparse.Namespace, task: Any, options: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    model = models.build_model(OmegaConf.create(sizes(args) | options), task).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def _fairseq(
+    args: argparse.Namespace, task: Any, model: Any, batch: torch.Tensor
+) -> Callable[[], Any]:
+    words = task.target_dictionary
+    length = {"max_len_a": 0, "max_len_b": args.length, "min_len": args.length}
+    generator: Any = SequenceGenerator([model], words, beam_size=args.beam, **length)
+    ends = torch.full((len(batch), 1), words.eos())
+    tokens = torch.cat([batch, ends], dim=1)
+    lengths = torch.full((len(batch),), tokens.size(1))
+    sample = {"net_input": {"src_tokens": tokens, "src_lengths": lengths}}
+    return lambda: generator.generate([model], sample)
+
+
+def _served(
+    args: argparse.Namespace, words: Dictionary, folder: str, batch: torch.Tensor, kind: str
+) -> Callable[[], Any]:
+    import ctranslate2
+
+    threads = {"inter_threads": 1, "intra_threads": args.threads}
+    translator = ctranslate2.Translator(folder, compute_type=kind, **threads)
+    source = [[words.symbols[i] for i in row] for row in batch.tolist()]
+    length = {"min_decoding_length": args.length, "max_decoding_length": args.length}
+    return lambda: translator.translate_batch(source, beam_size=args.beam, **length)
+
+
+if __name__ == "__main__":
+    main()
