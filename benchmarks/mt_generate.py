@@ -3,8 +3,8 @@
 ``python benchmarks/mt_generate.py [--layers 3 --width 256 ...]`` translates one batch of random
 words into ``--length`` pieces, no more and no less, with every contestant: fairseq's own
 ``transformer`` (pre-norm) and ``transformer_fixup`` in ``SequenceGenerator``, as
-``fairseq-generate`` runs it, and the latter exported to CTranslate2, in float32 and int8. The weights
-are those of no training, but none is 0; how long a step takes does not depend on them.
+``fairseq-generate`` runs it, and the latter exported to CTranslate2, in float32 and int8. The
+weights are those of no training, but none is 0; how long a step takes does not depend on them.
 """
 
 from __future__ import annotations
