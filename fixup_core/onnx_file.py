@@ -57,7 +57,9 @@ def write_onnx(
                 dynamo=True,
             )
     except ModuleNotFoundError as error:
-        raise UserError(f"exporting wants {error.name}: pip install 'fixup[export]'") from error
+        raise UserError(
+            "exporting wants more packages: pip install onnx onnxruntime onnxscript"
+        ) from error
 
 
 @contextlib.contextmanager

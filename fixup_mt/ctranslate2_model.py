@@ -59,7 +59,7 @@ def _specification(model: Any, task: Any) -> Any:
         from ctranslate2.specs import TransformerSpec
         from ctranslate2.specs.common_spec import Activation
     except ModuleNotFoundError as error:
-        raise UserError("this wants CTranslate2: pip install 'fixup[export]'") from error
+        raise UserError("this wants CTranslate2: pip install ctranslate2") from error
 
     weights = fold_transformer(model)
     encoder, decoder = model.encoder, model.decoder

@@ -84,5 +84,5 @@ def _session(file: Path) -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
-        raise UserError("this wants onnxruntime: pip install 'fixup[export]'") from error
+        raise UserError("this wants onnxruntime: pip install onnxruntime") from error
     return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])

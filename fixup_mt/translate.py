@@ -61,7 +61,7 @@ def load(args: argparse.Namespace) -> Any:
     try:
         import ctranslate2
     except ModuleNotFoundError as error:
-        raise UserError("this wants CTranslate2: pip install 'fixup[export]'") from error
+        raise UserError("this wants CTranslate2: pip install ctranslate2") from error
     if not (args.model / "model.bin").is_file():
         raise UserError(
             f"{args.model} holds no exported model: python -m fixup_mt export writes one"

@@ -36,7 +36,7 @@ KNOWN: tuple[Advice, ...] = (
     (
         ModuleNotFoundError,
         "onnx",
-        "exporting wants onnx, onnxruntime and onnxscript: pip install 'fixup[export]'",
+        "exporting wants more packages: pip install onnx onnxruntime onnxscript",
     ),
     (EOFError, "", "the checkpoint is empty: take another file of the same folder"),
     (KeyError, r"^\d+$", "not a checkpoint: check --ckpt_path"),
