@@ -30,6 +30,10 @@ AUTHORS_CROSS_ATTENTION_BRANCHES = 12
 """The default their code falls back to for cross-attention, whatever the depth."""
 
 
+# The scalars ride in weights and bias vectors where a pass over a weight is shorter than one over
+# the activations: in training, but not when generating a word at a time.
+
+
 class LinearBias(nn.Linear):
     """First layer of a feed-forward branch, with the scalar bias before its activation."""
 
@@ -38,7 +42,8 @@ class LinearBias(nn.Linear):
         self.after = ScalarBias()
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.after(F.linear(input, self.weight))
+        bias = self.after.value().to(self.weight.dtype).expand(self.out_features)
+        return F.linear(input, self.weight, bias)
 
 
 class LinearMultiplier(nn.Linear):
@@ -52,7 +57,9 @@ class LinearMultiplier(nn.Linear):
         self.multiplier = ScalarMultiplier()
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.multiplier(F.linear(input, self.weight))
+        if input.numel() < self.weight.numel():
+            return self.multiplier(F.linear(input, self.weight))
+        return F.linear(input, self.weight * self.multiplier.value())
 
 
 class BiasLinearMultiplier(LinearMultiplier):
@@ -63,7 +70,11 @@ class BiasLinearMultiplier(LinearMultiplier):
         self.before = ScalarBias()
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.multiplier(F.linear(self.before(input), self.weight))
+        if input.numel() < self.weight.numel():
+            return self.multiplier(F.linear(self.before(input), self.weight))
+        weight = self.weight * self.multiplier.value()
+        bias = weight.sum(dim=1) * self.before.value()
+        return F.linear(input, weight, bias)
 
 
 class FixupAttention(MultiheadAttention):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fixup_core import collect_branches, scalars
 from fixup_core.param_groups import anchored_rate
 from fixup_mt.errors import UserError
+from fixup_mt.layers import BiasLinearMultiplier, LinearBias, LinearMultiplier
 from fixup_mt.presets import LANGUAGE_MODELS, TRANSLATION
 from tests.mt.helpers import WORDS, batch, build, build_lm, dictionary, task, trained
 
@@ -422,3 +423,20 @@ def test_modules_are_called_on_every_path() -> None:
     model(**batch())
     assert sorted(calls) == ["k_proj", "out_proj", "q_proj", "v_proj"]
     assert isinstance(attention.out_proj, nn.Linear)
+
+
+@pytest.mark.parametrize("kind", [LinearBias, LinearMultiplier, BiasLinearMultiplier])
+def test_scalars_may_ride_in_weights_and_biases(kind: type[nn.Linear]) -> None:
+    """Many rows take one way, few rows the other; values and gradients are the same."""
+    layer = kind(6, 8).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    rows = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(40, 8, dtype=torch.float64)
+    whole = layer(rows)
+    single = torch.cat([layer(row[None]) for row in rows])
+    torch.testing.assert_close(whole, single)
+    parameters = [rows, *layer.parameters()]
+    grads = [torch.autograd.grad(out, parameters, weights) for out in (whole, single)]
+    torch.testing.assert_close(*grads)
