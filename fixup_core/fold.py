@@ -82,7 +82,8 @@ def folded_convolution(conv: nn.Conv2d, around: Around, scale: ops.Number = 1.0)
         scale: The multiplier.
     """
     plain = copy.deepcopy(conv)
-    bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+    zero = conv.weight.new_zeros(conv.out_channels)
+    bias = zero if conv.bias is None else conv.bias * scale
     added = ops.constant(around.before, around.after, -around.carried)
     plain.weight = nn.Parameter(conv.weight * scale)
     plain.bias = nn.Parameter(bias + added)

@@ -24,20 +24,29 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.fx._symbolic_trace import is_fx_tracing
 from torch.nn import functional as F
 
-from fixup_core.scalars import Scalar
+from fixup_core.scalars import Scalar, ScalarBias, ScalarMultiplier
 
 Number = Tensor | float
 """A scalar's value, shape [], or a plain number."""
 
 HALVES = (torch.float16, torch.bfloat16)
+SCALARS = (ScalarBias, ScalarMultiplier, nn.Identity)
+ACTIVATIONS = (nn.ReLU, nn.Identity)
+GLOBAL_HOOKS = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_backward_hooks,
+    nn.modules.module._global_backward_pre_hooks,
+)
 
 _plain = contextvars.ContextVar("fixup_plain_route", default=os.environ.get("FIXUP_PLAIN") == "1")
 
@@ -46,8 +55,8 @@ _plain = contextvars.ContextVar("fixup_plain_route", default=os.environ.get("FIX
 def plain_route() -> Iterator[None]:
     """Within this context every network computes its scalars one by one, as the method has them.
 
-    For comparison, and for what the carried route cannot do: derivatives of second order. The
-    environment variable ``FIXUP_PLAIN=1`` does the same for a whole process.
+    For comparison, and for what the carried route cannot do: derivatives of second order, and in
+    forward mode. The environment variable ``FIXUP_PLAIN=1`` does the same for a whole process.
     """
     token = _plain.set(True)
     try:
@@ -57,15 +66,27 @@ def plain_route() -> Iterator[None]:
 
 
 def carries(network: nn.Module) -> bool:
-    """Whether ``network`` may carry its scalars: nobody wants the plain route, and nobody listens
-    to a module in it, which the carried route would not call.
+    """Whether ``network`` may carry its scalars: nobody wants the plain route, nobody listens to a
+    module in it, which the carried route would not call, and nobody records what is called.
     """
-    if _plain.get():
-        return False
-    parts = network.__dict__.get("_parts")
-    if parts is None:
-        parts = network.__dict__["_parts"] = tuple(network.modules())
-    return not any(_is_watched(part) for part in parts)
+    recorded = torch.jit.is_tracing() or is_fx_tracing()
+    heard = any(GLOBAL_HOOKS) or any(map(_is_watched, network.modules()))
+    return not (_plain.get() or recorded or heard)
+
+
+def carriable(
+    convolutions: Iterable[nn.Module],
+    scalars: Iterable[nn.Module],
+    activations: Iterable[nn.Module] = (),
+) -> bool:
+    """Whether a block is made of what can be carried: convolutions with zero padding, scalars or
+    nothing in their places, ReLUs. Anything else that stands there has a forward pass of its own.
+    """
+    return (
+        all(type(conv) is nn.Conv2d and conv.padding_mode == "zeros" for conv in convolutions)
+        and all(type(scalar) in SCALARS for scalar in scalars)
+        and all(type(activation) in ACTIVATIONS for activation in activations)
+    )
 
 
 def value_of(module: nn.Module, otherwise: float = 0.0) -> Number:
@@ -106,8 +127,10 @@ def convolution(
         scale: The multiplier behind the convolution.
         shortcut: Of the output's shape.
     """
-    weight = conv.weight if isinstance(scale, float) and scale == 1.0 else conv.weight * scale
-    bias = constant_bias(conv.weight, conv.bias, around)
+    weight, bias = conv.weight, conv.bias
+    if not (isinstance(scale, float) and scale == 1.0):
+        weight, bias = weight * scale, None if bias is None else bias * scale
+    bias = constant_bias(weight, bias, around)
     out = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     return finish(out, around, shortcut)
 
@@ -232,7 +255,7 @@ class _Activation(torch.autograd.Function):
 
 def _floored(x: Tensor, after: Number) -> Tensor:
     low = torch.as_tensor(after, dtype=x.dtype, device=x.device)
-    return torch.where(x > low, x, low)
+    return torch.where(x <= low, low, x)  # what is no number stays none
 
 
 def _number(scalar: Number) -> float:
@@ -243,8 +266,8 @@ def _rounded(after: Number, out: Tensor) -> Number:
     """The floor as ``out`` can hold it, so that what lies on it can be told; a plain number where
     reading it does not wait for the device.
     """
-    low = torch.as_tensor(after, dtype=out.dtype, device=out.device).detach()
-    return low.item() if out.device.type == "cpu" else low
+    low = torch.as_tensor(after, dtype=out.dtype).detach()
+    return low.item() if low.device.type == "cpu" else low
 
 
 def _passed(grad: Tensor, out: Tensor, low: Number) -> Tensor:
@@ -253,7 +276,7 @@ def _passed(grad: Tensor, out: Tensor, low: Number) -> Tensor:
     """
     if isinstance(low, float):
         return torch.ops.aten.threshold_backward(grad, out, low)
-    return torch.where(out > low, grad, 0.0)
+    return torch.where(out <= low, 0.0, grad)
 
 
 def _total(grad: Tensor) -> Tensor:

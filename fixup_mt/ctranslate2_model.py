@@ -1,7 +1,7 @@
 """A Transformer for CTranslate2.
 
 That engine drops a layer's residual silently where it has no norm, so every norm is an RMS norm
-with an epsilon of 1e9 and a gain of its root: the identity, to the last digits of float32.
+with an epsilon of 2^30 and a gain of its root: the identity, to the last digits of float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from fixup_mt.errors import UserError
 from fixup_mt.fold import PROJECTIONS, fold_transformer, positions
 
-EPSILON = 1e9
+EPSILON = 2.0**30
 ACTIVATIONS = {
     "relu": "RELU",
     "gelu": "GELU",

@@ -3,8 +3,8 @@
 ``--format ctranslate2``: a folder that ``python -m fixup_mt translate`` serves, and any other
 program that uses CTranslate2. ``onnx``: ``encoder.onnx``, ``decoder.onnx`` for one step with its
 cache (``fixup_mt/plain.py`` says what goes in and out), and the pieces' names. ``fairseq``: the
-folded weights as a state dict, under the names of fairseq's pre-norm transformer. No engine's files
-are written that do not give the model's own log-probabilities.
+folded weights as a state dict, under the names of fairseq's pre-norm transformer. An engine's files
+are held against the model's own log-probabilities, in float32, before they may be quantised.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def load(checkpoint: Path, data_bin: Path) -> tuple[Any, Any]:
     languages = {name: trained.get(name) for name in ("source_lang", "target_lang")}
     config = TranslationConfig(data=str(data_bin), **languages)
     task = TranslationTask.setup_task(config)
-    models, _, _ = load_model_ensemble_and_task([str(checkpoint)], task=task)
+    # In float32, whatever it was trained in.
+    exact = {"fixup_autocast": "none", "checkpoint_activations": False}
+    models, _, _ = load_model_ensemble_and_task([str(checkpoint)], arg_overrides=exact, task=task)
     return models[0].eval(), task
 
 
@@ -109,7 +111,9 @@ def difference(log_probabilities: Callable[..., Any], folder: Path, model: Any, 
     """The largest difference of a piece's log-probability, the engine's against the model's."""
     generator = torch.Generator().manual_seed(0)
     sides = (task.source_dictionary, task.target_dictionary)
-    source, target = (_random_words(words, generator) for words in sides)
+    stacks = (model.encoder, model.decoder)
+    length = min(PIECES_CHECKED, *(int(stack.max_positions()) - 1 for stack in stacks))
+    source, target = (_random_words(words, length, generator) for words in sides)
     names = [
         [[words.symbols[i] for i in row] for row in rows]
         for words, rows in zip(sides, (source, target), strict=True)
@@ -119,9 +123,9 @@ def difference(log_probabilities: Callable[..., Any], folder: Path, model: Any, 
     return (theirs - ours).abs().max().item()
 
 
-def _random_words(dictionary: Any, generator: torch.Generator) -> list[list[int]]:
-    shape = (4, PIECES_CHECKED)
-    return torch.randint(dictionary.nspecial, len(dictionary), shape, generator=generator).tolist()
+def _random_words(dictionary: Any, length: int, generator: torch.Generator) -> list[list[int]]:
+    low, high = dictionary.nspecial, len(dictionary)
+    return torch.randint(low, high, (4, length), generator=generator).tolist()
 
 
 def _log_probabilities(

@@ -70,8 +70,13 @@ def check(model: nn.Module) -> None:
         raise UserError(
             f"only transformer_fixup models are folded and exported, not {type(model).__name__}"
         )
+    if model.training:
+        raise UserError("only a model in evaluation mode is folded: call eval() first")
+    encoder: Any = model.encoder
     decoder: Any = model.decoder
+    quantised = encoder.quant_noise is not None or decoder.quant_noise is not None
     refused = {
+        "--quant-noise-pq": quantised,
         "--adaptive-softmax-cutoff": decoder.adaptive_softmax is not None,
         "--decoder-input-dim": decoder.project_in_dim is not None,
         "--decoder-output-dim": decoder.project_out_dim is not None,

@@ -15,7 +15,7 @@ import torch
 
 from fixup_core.onnx_file import write_onnx
 from fixup_mt.errors import UserError
-from fixup_mt.fold import positions
+from fixup_mt.fold import fold_transformer, positions
 from fixup_mt.plain import PlainDecoderStep, PlainEncoder
 
 FILES = ("encoder.onnx", "decoder.onnx")
@@ -26,8 +26,9 @@ EXAMPLE = (2, 5, 3)
 
 def write(folder: Path, model: Any, task: Any) -> None:
     """Write the engine's files into ``folder``, which exists."""
-    encoder = PlainEncoder(model, positions(model.encoder), task.source_dictionary.pad()).eval()
-    step = PlainDecoderStep(model, positions(model.decoder)).eval()
+    weights, pad = fold_transformer(model), task.source_dictionary.pad()
+    encoder = PlainEncoder(model, weights, positions(model.encoder), pad).eval()
+    step = PlainDecoderStep(model, weights, positions(model.decoder)).eval()
     sentences, length, decoded = EXAMPLE
     tokens = torch.full((sentences, length), task.source_dictionary.eos())
     with torch.no_grad():

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fixup_mt.fold import fold_transformer
-
 
 class Attention(nn.Module):
     """Multi-head attention with bias vectors."""
@@ -73,13 +71,14 @@ class PlainEncoder(nn.Module):
 
     Args:
         model: A ``transformer_fixup``.
+        weights: Of ``fold_transformer``.
         positions: Of the source, [maximum, D].
         pad: Number of the padding piece.
     """
 
-    def __init__(self, model: Any, positions: Tensor, pad: int) -> None:
+    def __init__(self, model: Any, weights: dict[str, Tensor], positions: Tensor, pad: int) -> None:
         super().__init__()
-        weights, stack = fold_transformer(model), model.encoder
+        stack = model.encoder
         self.pad = pad
         self.embedding = _embedding(weights, "encoder", stack, positions)
         self.attentions, self.ffns = _layers(weights, "encoder", stack, "self_attn")
@@ -103,12 +102,13 @@ class PlainDecoderStep(nn.Module):
 
     Args:
         model: A ``transformer_fixup``.
+        weights: Of ``fold_transformer``.
         positions: Of the target, [maximum, D].
     """
 
-    def __init__(self, model: Any, positions: Tensor) -> None:
+    def __init__(self, model: Any, weights: dict[str, Tensor], positions: Tensor) -> None:
         super().__init__()
-        weights, stack = fold_transformer(model), model.decoder
+        stack = model.decoder
         self.embedding = _embedding(weights, "decoder", stack, positions)
         self.attentions, self.ffns = _layers(weights, "decoder", stack, "self_attn")
         self.crosses, _ = _layers(weights, "decoder", stack, "encoder_attn")

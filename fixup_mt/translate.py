@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    for option in ("beam", "max_length", "batch_tokens"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option.replace('_', '-')} must be at least 1")
+    if args.input != "-" and Path(args.input).resolve() == Path(args.output).resolve():
+        raise UserError(f"--output {args.output} would overwrite the input: give another file")
     translator = load(args)
     pieces = Pieces(args.model / SENTENCEPIECE)
     options = {

@@ -30,15 +30,17 @@ def checkpoint_callbacks(folder: Path, every: int) -> list[ModelCheckpoint]:
 
 
 class Within(ModelCheckpoint):
-    """Saves behind the optimiser's steps, but never behind an epoch's last: a run that went on from
-    there would go without that epoch's validation.
+    """Saves behind the optimiser's steps, but not where a validation follows: a run that went on
+    from there would go without it.
     """
 
     def on_train_batch_start(self, trainer: L.Trainer, *rest: Any) -> None:
         self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
-        if trainer.global_step > self.step and not trainer.is_last_batch:
+        *_, number = rest
+        validates = trainer.is_last_batch or (number + 1) % trainer.val_check_batch == 0
+        if trainer.global_step > self.step and not validates:
             super().on_train_batch_end(trainer, *rest)
 
 

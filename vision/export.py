@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,28 +11,32 @@ from torch import Tensor, nn
 from fixup_core.errors import UserError
 from fixup_core.fold import fold
 from fixup_core.onnx_file import write_onnx
-from vision.lit_classifier import LitClassifier, load_classifier
-from vision.nets import METHODS, image_of
+from vision.lit_classifier import load_classifier
+from vision.nets import image_of, net_options
 
 TOLERANCE = 1e-4
 """Of the largest logit: what the engine's other order of additions may change."""
 
 
-def export(checkpoint: Path, output: Path = Path("model.onnx"), image_size: int = 0) -> None:
+def export(checkpoint: Path, output: Path = Path("model.onnx")) -> None:
     """Write a trained network as ONNX, and hold onnxruntime's outputs against PyTorch's.
 
     Its input ``images``, float [B, C, H, W], is normalised as the data module does it; its output
-    is ``logits``, [B, classes]. Fixup's scalars are folded into weights and biases.
+    is ``logits``, [B, classes]. Fixup's scalars are folded into weights and biases. ResNets take
+    images of any size.
 
     Args:
         checkpoint: Of ``python -m vision fit``.
         output: The file.
-        image_size: Side of the images; 0: as the network's family has it.
     """
     model = load_classifier(checkpoint)
-    channels, size = image_of(model.args.net, **(model.args.options or {}))
-    images = torch.randn(2, channels, image_size or size, image_size or size)
-    net = plain_network(model)
+    name, options = model.args.net, model.args.options or {}
+    channels, size = image_of(name, **options)
+    free = {0: "batch"}
+    if "image_size" not in net_options(name):
+        free |= {2: "height", 3: "width"}
+    images = torch.randn(2, channels, size, size)
+    net = plain_network(model.net)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f"{output.name}.tmp")
     write_onnx(
@@ -40,7 +45,7 @@ def export(checkpoint: Path, output: Path = Path("model.onnx"), image_size: int 
         temporary,
         input_names=["images"],
         output_names=["logits"],
-        free_sizes=[{0: "batch"}],
+        free_sizes=[free],
     )
     off = difference(temporary, net, images)
     if not off <= TOLERANCE:
@@ -52,11 +57,11 @@ def export(checkpoint: Path, output: Path = Path("model.onnx"), image_size: int 
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB; onnxruntime differs by {off:.1e}")
 
 
-def plain_network(model: LitClassifier) -> nn.Module:
-    """The network in evaluation, without scalars, in the usual memory layout."""
-    scalars = METHODS[model.args.method].scalars
-    net = fold(model.net) if scalars else model.net.eval()
-    return net.to(memory_format=torch.contiguous_format)
+def plain_network(net: Any) -> nn.Module:
+    """The network in evaluation; without scalars where they can be folded."""
+    carriable = getattr(net, "carriable", None)
+    plain = fold(net) if carriable and carriable() else net.eval()
+    return plain.to(memory_format=torch.contiguous_format)
 
 
 def difference(file: Path, net: nn.Module, images: Tensor) -> float:

@@ -88,7 +88,7 @@ class LitClassifier(L.LightningModule):
             self.net = self.net.to(memory_format=torch.channels_last)
         self.train_metrics = MetricCollection(
             {
-                "loss": MeanMetric(nan_strategy="disable"),
+                "loss": _mean(),
                 "accuracy": MulticlassAccuracy(num_classes, average="micro"),
             },
             prefix="train/",
@@ -173,9 +173,10 @@ class LitClassifier(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The metrics of an epoch cover the batches before a kill too."""
-        for name, total in checkpoint.get("train_metrics", {}).items():
-            if total and self.global_rank == 0:
-                _go_on(self.train_metrics[name], total)
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
+        for name, total in checkpoint.get("train_metrics", {}).items() if fits else ():
+            if total:
+                _go_on(self.train_metrics[name], total, self.global_rank)
 
     def on_train_epoch_end(self) -> None:
         if not self.train_metrics["loss"].update_called:  # the run went on at the epoch's end
@@ -289,9 +290,12 @@ def _total(metric: Any) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in metric.metric_state.items()}
 
 
-def _go_on(metric: Any, total: dict[str, Tensor]) -> None:
+def _go_on(metric: Any, total: dict[str, Tensor], rank: int) -> None:
+    """From the state of all processes, which the first of them takes on; all count as begun, or
+    only some would wait for the others.
+    """
     metric._update_count = 1
-    for name, value in total.items():
+    for name, value in total.items() if rank == 0 else ():
         setattr(metric, name, value.to(metric.device))
 
 
@@ -303,9 +307,14 @@ def _check_ranges(args: Any) -> None:
             raise UserError(f"--model.{name} is {value}: take a number from {low:g} {end}")
 
 
+def _mean() -> MeanMetric:
+    """Lets what is no number through; its strategy "disable" would drop the weights."""
+    return MeanMetric(nan_strategy=math.nan)
+
+
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:
     metrics: dict[str, Metric | MetricCollection] = {
-        "loss": MeanMetric(nan_strategy="disable"),
+        "loss": _mean(),
         "accuracy": MulticlassAccuracy(num_classes, average="micro"),
         "calibration_error": MulticlassCalibrationError(num_classes),
     }

@@ -363,9 +363,13 @@ def _keep_to(recipe: Recipe, output: Path) -> None:
         UserError: Those that are there were trained otherwise.
     """
     file, own = output / "recipe.json", json.dumps(recipe.description(), default=str, indent=1)
+    if not file.exists() and (output / "points.csv").exists():
+        raise UserError(f"{output} has points but no {file.name}: give another --output")
     if not file.exists():
         output.mkdir(parents=True, exist_ok=True)
-        file.write_text(own + "\n")
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(own + "\n")
+        temporary.replace(file)
         return
     there, here = json.loads(file.read_text()), json.loads(own)
     for name in sorted(there | here):

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fixup_core import ops
+from fixup_core.errors import UserError
+from fixup_core.fold import fold
 from fixup_core.ops import Around
 
 NETS = [
@@ -137,7 +139,7 @@ def test_gradients_of_a_convolution(geometry: dict, with_shortcut: bool, relu: b
     )
     before, after, carries, scale = constants.unbind()
     plain = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    out = scale * plain + conv.bias[:, None, None] + before
+    out = scale * (plain + conv.bias[:, None, None]) + before
     out = out if shortcut is None else out + shortcut - carries
     torch.testing.assert_close(carried(*inputs), (out.relu() if relu else out) + after)
 
@@ -185,8 +187,9 @@ def test_what_is_no_number_stays_none() -> None:
     net = _net("cifar_resnet14").to(memory_format=torch.channels_last)
     images = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
     images[0, 0, 0, 0] = float("nan")
-    logits = net(images)
-    assert logits[0].isnan().all() and logits[1].isfinite().all()
+    for route in (net, torch.compile(net, backend="eager"), fold(net)):
+        logits = route(images)
+        assert logits[0].isnan().all() and logits[1].isfinite().all()
 
 
 def _saved_bytes(net: nn.Module, images: torch.Tensor) -> int:
@@ -222,8 +225,47 @@ def test_who_listens_hears_every_module() -> None:
     assert heard == [1] and not net.carries(net.blocks())
     handle.remove()
     assert net.carries(net.blocks())
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not net.carries(net.blocks())
+    everywhere.remove()
     with net.blocks()[0].left_out():
         assert not net.carries(net.blocks())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block, "activation", nn.GELU()),
+        lambda block: block.norms.__setitem__(0, nn.BatchNorm2d(16)),
+        lambda block: block.convs.__setitem__(
+            1, nn.Conv2d(16, 16, 3, 1, 1, padding_mode="reflect")
+        ),
+        lambda block: block.convs.__setitem__(1, Doubled(16, 16, 3, 1, 1)),
+    ],
+)
+def test_what_was_put_into_a_network_is_used(change) -> None:
+    net = _net("cifar_resnet8").eval()
+    change(net.blocks()[0])
+    images = torch.randn(2, 3, 8, 8)
+    with ops.plain_route():
+        expected = net(images)
+    torch.testing.assert_close(net(images), expected)
+    with pytest.raises(UserError, match="can be folded"):
+        fold(net)
+
+
+class Doubled(nn.Conv2d):
+    """A convolution with a forward pass of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_recorders_hear_the_plain_route() -> None:
+    net = _net("cifar_resnet8").eval()
+    images = torch.randn(2, 3, 8, 8)
+    traced = torch.jit.trace(net, images)
+    torch.testing.assert_close(traced(images), net(images))
 
 
 def test_compilers_and_function_transforms_trace_the_carried_route() -> None:

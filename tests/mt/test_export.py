@@ -66,8 +66,9 @@ def test_an_engine_gives_the_models_log_probabilities(
 def test_a_plain_decoder_goes_step_by_step_over_padded_sentences() -> None:
     model = trained(build())
     inputs = batch()
-    encoder = PlainEncoder(model, positions(model.encoder), pad=1)
-    step = PlainDecoderStep(model, positions(model.decoder))
+    weights = fold_transformer(model)
+    encoder = PlainEncoder(model, weights, positions(model.encoder), pad=1)
+    step = PlainDecoderStep(model, weights, positions(model.decoder))
     with torch.no_grad():
         expected, _ = model(**inputs)
         memory, words = encoder(inputs["src_tokens"])
@@ -137,6 +138,7 @@ def test_folded_weights_are_those_of_a_plain_transformer() -> None:
     [
         ({"adaptive_softmax_cutoff": [10, 20]}, "--adaptive-softmax-cutoff cannot be exported"),
         ({"decoder_output_dim": 8}, "--decoder-output-dim cannot be exported exactly"),
+        ({"quant_noise_pq": 0.1}, "--quant-noise-pq cannot be exported exactly"),
         ({"no_cross_attention": True}, "--no-cross-attention cannot be exported exactly"),
         ({"cross_self_attention": True}, "--cross-self-attention cannot be exported exactly"),
         ({"activation_fn": "linear"}, "CTranslate2 has no activation function linear"),
@@ -144,10 +146,15 @@ def test_folded_weights_are_those_of_a_plain_transformer() -> None:
     ],
 )
 def test_what_cannot_be_exported_is_refused(options: dict, says: str, tmp_path: Path) -> None:
-    model = build(on=SIDES, **options)
+    model = build(on=SIDES, **options).eval()
     with pytest.raises(UserError, match=says):
         export.export(model, SIDES, _arguments(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_in_training_is_refused() -> None:
+    with pytest.raises(UserError, match=r"call eval\(\) first"):
+        fold_transformer(build())
 
 
 def test_a_language_model_is_refused() -> None:
@@ -182,6 +189,8 @@ def test_lines_come_out_as_they_went_in(served: Path, tmp_path: Path, monkeypatc
         (["--model", "nowhere"], "nowhere holds no exported model"),
         (["--input", "nothing.txt"], "nothing.txt cannot be opened"),
         (["--compute-type", "int3"], "CTranslate2 cannot load"),
+        (["--beam", "0"], "--beam must be at least 1"),
+        (["--input", "same", "--output", "same"], "--output same would overwrite the input"),
     ],
 )
 def test_serving_tells_what_is_wrong(flags: list[str], says: str, served: Path, capsys) -> None:

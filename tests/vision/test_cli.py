@@ -16,7 +16,7 @@ from tests.conftest import ENVIRONMENT, ROOT
 from vision.checkpoints import WholeFiles
 from vision.cli import VisionCLI
 from vision.compare import read_run
-from vision.lit_classifier import DivergedError, LitClassifier
+from vision.lit_classifier import DivergedError, LitClassifier, _mean, load_classifier
 
 RECIPE = ROOT / "recipes" / "vision" / "digits_fixup_resnet20.yaml"
 TINY = (
@@ -116,14 +116,40 @@ def test_two_processes_equal_one_with_the_same_batch(tmp_path: Path) -> None:
 def test_two_processes_go_on_with_the_metrics_of_both(tmp_path: Path) -> None:
     flags = ("--checkpoint_every", "3", "--trainer.max_epochs", "1")
     two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+    last = tmp_path / "two" / "checkpoints" / "last.ckpt"
     _finish(_start(tmp_path / "one", *flags))
     killed = _start(tmp_path / "two", *flags, *two, "--trainer.callbacks+=tests.vision.kill.Kill")
     killed.communicate(timeout=240)
     assert killed.returncode != 0 and _state(tmp_path / "two")["global_step"] == 6
+    assert not load_classifier(last).train_metrics["loss"].update_called, "of no use in another run"
     _finish(_start(tmp_path / "two", *flags, *two, "--ckpt_path", "last"))
     one, both = read_run(tmp_path / "one"), read_run(tmp_path / "two")
     for name in ("train/loss", "train/accuracy"):
         assert both.last(name) == pytest.approx(one.last(name), rel=1e-4)
+
+
+def test_two_processes_go_on_from_a_validation_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    """The metrics were saved before they were taken: both processes must take them."""
+    two = (
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+        "--trainer.val_check_interval",
+        "4",
+    )
+    _finish(_start(tmp_path, *two, "--trainer.max_epochs", "1"))
+    _finish(_start(tmp_path, *two, "--trainer.max_epochs", "2", "--ckpt_path", "best"))
+    assert _state(tmp_path)["global_step"] == 16
+
+
+def test_a_mean_weighs_its_values_and_keeps_what_is_no_number() -> None:
+    mean = _mean()
+    mean.update(torch.tensor(1.0), weight=30)
+    mean.update(torch.tensor(3.0), weight=10)
+    assert mean.compute().item() == pytest.approx(1.5)
+    mean.update(torch.tensor(float("nan")), weight=1)
+    assert mean.compute().isnan()
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_of_before(tmp_path: Path, monkeypatch) -> None:

@@ -61,6 +61,10 @@ def test_a_depth_sweep_goes_on_where_it_was_stopped(
 
 def test_points_of_one_table_are_trained_alike(recipe: Recipe, tmp_path: Path) -> None:
     sweep.lr(recipe, tmp_path, net="highway3", rates=(0.1,), methods=("none",))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "points.csv").write_text((tmp_path / "points.csv").read_text())
+    with pytest.raises(UserError, match=r"has points but no recipe\.json"):
+        sweep.lr(recipe, tmp_path / "other", net="highway3", rates=(0.1,), methods=("none",))
     other = replace(recipe, mixup=0.2)
     with pytest.raises(UserError, match=r"were trained with mixup 0\.0, not 0\.2: give another"):
         sweep.lr(other, tmp_path, net="highway3", rates=(0.3,), methods=("none",))
@@ -114,7 +118,7 @@ def test_an_exported_network_is_the_same_for_any_batch(method: str, tmp_path: Pa
     runtime = pytest.importorskip("onnxruntime")
     _fit(tmp_path, "--model.method", method, "--trainer.max_epochs", "1")
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
-    export(checkpoint, tmp_path / "new" / "model.onnx", image_size=8)
+    export(checkpoint, tmp_path / "new" / "model.onnx")
     assert "onnxruntime differs by" in capsys.readouterr().out
     session = runtime.InferenceSession(str(tmp_path / "new" / "model.onnx"))
     images = torch.randn(5, 1, 8, 8)
@@ -144,7 +148,7 @@ def test_an_export_that_differs_is_not_written(tmp_path: Path, monkeypatch) -> N
     _fit(tmp_path, "--trainer.max_epochs", "1")
     monkeypatch.setattr("vision.export.difference", lambda *_: float("nan"))
     with pytest.raises(UserError, match="differ from PyTorch's by nan"):
-        export(tmp_path / "checkpoints/last.ckpt", tmp_path / "m.onnx", image_size=8)
+        export(tmp_path / "checkpoints/last.ckpt", tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
 
 

@@ -48,7 +48,8 @@ class VisionData(L.LightningDataModule):
 
     def description(self) -> dict[str, Any]:
         """What decides the training batches."""
-        return {"data": type(self).__name__, "batch_size": self.batch_size, "seed": self.seed}
+        names = ("batch_size", "val_size", "seed")
+        return {"data": type(self).__name__} | {name: getattr(self, name) for name in names}
 
     def order(self, size: int, *, train: bool, alone: bool = False) -> BatchOrder:
         """The batches of this process; ``alone``: as if it were the only one."""
@@ -125,8 +126,7 @@ class TensorData(VisionData):
         self.pixels, self.train_size = pixels, train_size
 
     def description(self) -> dict[str, Any]:
-        more = {"val_size": self.val_size, "train_size": self.train_size}
-        return super().description() | more | asdict(self.pixels)
+        return super().description() | {"train_size": self.train_size} | asdict(self.pixels)
 
     def load(self, train: bool) -> Images:
         """The official training or test set."""
@@ -266,6 +266,9 @@ class SVHN(CIFAR10):
         super().__init__(flip=flip, **options)
         self.extra = extra
 
+    def description(self) -> dict[str, Any]:
+        return super().description() | {"extra": self.extra}
+
     def load(self, train: bool) -> Images:
         if self._is_tree():
             return super().load(train)
@@ -307,7 +310,7 @@ class ImageFolderData(VisionData):
     ) -> None:
         super().__init__(batch_size, val_size, seed)
         self.root, self.cache, self.workers = Path(root), Path(cache), workers
-        self.skip_corrupt = skip_corrupt
+        self.skip_corrupt, self.image_size = skip_corrupt, image_size
         finish = [transforms.ToTensor(), transforms.Normalize(mean, std)]
         self.train_transform = transforms.Compose(
             [
@@ -323,6 +326,9 @@ class ImageFolderData(VisionData):
                 *finish,
             ]
         )
+
+    def description(self) -> dict[str, Any]:
+        return super().description() | {"image_size": self.image_size}
 
     def prepare_data(self) -> None:
         """Unpack an archive, on one process of each machine."""

@@ -157,6 +157,12 @@ class Block(nn.Module):
         out = out if self.plain else out + self.skip(x, shifted)
         return self.activation(out) if self.post else out
 
+    def carriable(self) -> bool:
+        """Whether the block is still what it was built as, and made of what can be carried."""
+        scalars = (*self.norms, *self.shifts, self.multiplier)
+        own = type(self) is Block and not self.plain
+        return own and ops.carriable(self.convs, scalars, [self.activation])
+
     def entry(self) -> ops.Number:
         """What the carried route has added to the block's input already: a constant."""
         scalars = self.shifts[:1] if self.post else (self.norms[0], self.shifts[0])

@@ -58,10 +58,15 @@ class Stem(nn.Module):
         around = Around(ops.value_of(self.norm), following, relu=self.post)
         return self.pool(ops.convolution(self.conv, x, around))
 
+    def carriable(self) -> bool:
+        """Whether it is made of what can be carried."""
+        return ops.carriable([self.conv], [self.norm], [self.activation])
+
     def folded(self, following: ops.Number) -> nn.Module:
         """``carried`` for good."""
         around = Around(ops.value_of(self.norm), following, relu=self.post)
-        return nn.Sequential(folded_convolution(self.conv, around), floor_of(around), self.pool)
+        pool = copy.deepcopy(self.pool)
+        return nn.Sequential(folded_convolution(self.conv, around), floor_of(around), pool)
 
 
 class Head(nn.Module):
@@ -82,6 +87,10 @@ class Head(nn.Module):
         x = self.activation(self.norm(x))
         return self.fc(self.shift(x.mean(dim=(2, 3))))
 
+    def carriable(self) -> bool:
+        """Whether it is made of what can be carried."""
+        return ops.carriable([], [self.norm, self.shift], [self.activation])
+
     def entry(self) -> ops.Number:
         """What the carried route has added to the head's input already."""
         return ops.constant(ops.value_of(self.norm), ops.value_of(self.shift))
@@ -97,6 +106,9 @@ class Head(nn.Module):
         """``carried`` for good."""
         around = Around(after=ops.value_of(self.shift), relu=self.pre)
         return FoldedHead(floor_of(around), copy.deepcopy(self.fc))
+
+
+CARRIERS = (Stem, Block, Head)
 
 
 class ResNet(Network):
@@ -168,7 +180,7 @@ class ResNet(Network):
         Raises:
             UserError: A method without scalars, or another activation than ReLU.
         """
-        if not self._has_carriable_scalars():
+        if not self.carriable():
             raise UserError("only networks with Fixup's scalars and ReLU can be folded")
         blocks = self.blocks()
         entries = self._entries(blocks)
@@ -176,12 +188,18 @@ class ResNet(Network):
         return nn.Sequential(self.stem.folded(entries[0]), *folded, self.head.folded())
 
     def carries(self, blocks: Sequence[Block]) -> bool:
-        """Whether the scalars are carried: ReLU is the only activation that can."""
+        """Whether the scalars are carried now."""
         whole = not any(block.skips_branch for block in blocks)
-        return self._has_carriable_scalars() and whole and ops.carries(self)
+        return self.carriable() and whole and ops.carries(self)
 
-    def _has_carriable_scalars(self) -> bool:
-        return self.design.method.scalars and self.design.activation == "relu"
+    def carriable(self) -> bool:
+        """Whether there are scalars that can be carried, and folded: with ReLU, and nothing put in
+        the place of what ``build_net`` made.
+        """
+        if not self.design.method.scalars:
+            return False
+        parts: Iterable[Any] = (self.stem, *self.blocks(), self.head)
+        return all(type(part) in CARRIERS and part.carriable() for part in parts)
 
     def _through(self, steps: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
         """The steps one by one, or, with checkpointing, a square root of them at a time."""
