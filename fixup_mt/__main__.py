@@ -16,7 +16,7 @@ COMMANDS = {
     "average": "average the weights of several checkpoints into one",
     "corpus": "write the built-in German-English corpus",
     "demo": "train Fixup and LayerNorm side by side on the built-in corpus",
-    "export": "write a trained model for other engines: CTranslate2, plain weights",
+    "export": "write a trained model for other engines: CTranslate2, ONNX, plain weights",
     "score": "BLEU of what fairseq-generate wrote, with signature and settings",
     "translate": "translate text with an exported model",
 }
