@@ -40,6 +40,7 @@ def _arguments(output: Path, **more) -> SimpleNamespace:
 def _model(name: str):
     joined = MODELS[name].get("share_all_embeddings")
     sides = task() if joined else SIDES
+    torch.manual_seed(0)  # of the weights that ``trained`` adds to
     return trained(build(on=sides, **MODELS[name])), sides
 
 
@@ -92,13 +93,14 @@ def test_a_norm_that_is_no_identity_would_be_noticed(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("quantization", ["int8", "int16"])
 def test_quantised_weights_are_near(quantization: str, tmp_path: Path) -> None:
     model, sides = _model("tiny")
+    with torch.no_grad():
+        model.decoder.output_projection.weight.mul_(0.25)  # noise makes logits of +-20
     for name, kind in (("whole", None), ("small", quantization)):
         export.export(model, sides, _arguments(tmp_path / name, quantization=kind))
     sizes = [(tmp_path / name / "model.bin").stat().st_size for name in ("whole", "small")]
     assert sizes[1] < 0.6 * sizes[0]
     theirs = ctranslate2_model.log_probabilities
-    # The weights are noise.
-    assert export.difference(theirs, tmp_path / "small", model, sides) < 1.0
+    assert export.difference(theirs, tmp_path / "small", model, sides) < 0.5
 
 
 def test_folded_weights_are_those_of_a_plain_transformer() -> None:
