@@ -14,16 +14,15 @@ import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from fairseq import models
 from fairseq.data import Dictionary
 from fairseq.sequence_generator import SequenceGenerator
-from mt_step import PRE_NORM, sizes
+from mt_step import PRE_NORM, parse, sizes, task_of
 from omegaconf import OmegaConf
-from side_by_side import add_arguments, compare, show, write
+from side_by_side import compare, show, write
 
 import fixup_mt  # noqa: F401 (registers the models)
 from fixup_mt import ctranslate2_model
@@ -32,13 +31,11 @@ FIXUP = {"_name": "transformer_fixup"}
 
 
 def main() -> None:
-    args = _parse()
+    args = parse(__doc__, rounds=8, sentences=64, length=20, beam=5)
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
-    words = Dictionary()
-    for i in range(args.words):
-        words.add_symbol(f"w{i}")
-    task = SimpleNamespace(source_dictionary=words, target_dictionary=words)
+    task = task_of(args.words)
+    words = task.target_dictionary
     shape = (args.sentences, args.length)
     batch = torch.randint(words.nspecial, len(words), shape)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,17 +52,6 @@ def main() -> None:
     for name, row in summary.items():
         print(f"  {name:28} {args.sentences / row['median']:8.1f} sentences a second")
     write(args, {"seconds": summary})
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for option, value in (
-        *(("layers", 3), ("width", 256), ("ffn", 1024), ("heads", 4), ("words", 5000)),
-        *(("sentences", 64), ("length", 20), ("beam", 5)),
-    ):
-        parser.add_argument(f"--{option}", type=int, default=value, help=f"default: {value}")
-    add_arguments(parser, rounds=8)
-    return parser.parse_args()
 
 
 def _model(args: argparse.Namespace, task: Any, options: dict[str, Any]) -> Any:

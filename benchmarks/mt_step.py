@@ -27,6 +27,7 @@ from side_by_side import add_arguments, compare, show, write
 
 import fixup_mt  # noqa: F401 (registers the models)
 
+SIZES = {"layers": 3, "width": 256, "ffn": 1024, "heads": 4, "words": 5000}
 PRE_NORM = {
     "_name": "transformer",
     "encoder_normalize_before": True,
@@ -41,7 +42,7 @@ CONTESTANTS: dict[str, tuple[dict[str, Any], bool]] = {
 
 
 def main() -> None:
-    args = _parse()
+    args = parse(__doc__, rounds=12, sentences=100, length=20)
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
     steps = {name: _step(args, *settings) for name, settings in CONTESTANTS.items()}
@@ -50,27 +51,30 @@ def main() -> None:
     write(args, {"seconds": summary})
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for option, value in (
-        *(("layers", 3), ("width", 256), ("ffn", 1024), ("heads", 4), ("words", 5000)),
-        *(("sentences", 100), ("length", 20)),
-    ):
+def parse(text: str | None, rounds: int, **numbers: int) -> argparse.Namespace:
+    """The command line: the models' sizes, and a benchmark's own ``numbers``, with defaults."""
+    parser = argparse.ArgumentParser(description=text)
+    for option, value in (SIZES | numbers).items():
         parser.add_argument(f"--{option}", type=int, default=value, help=f"default: {value}")
-    add_arguments(parser, rounds=12)
+    add_arguments(parser, rounds)
     return parser.parse_args()
+
+
+def task_of(words: int) -> Any:
+    """What a model is built for: so many words on both sides."""
+    dictionary = Dictionary()
+    for i in range(words):
+        dictionary.add_symbol(f"w{i}")
+    return SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
 
 
 def _step(
     args: argparse.Namespace, model_options: dict[str, Any], autocast: bool
 ) -> Callable[[], None]:
-    words = Dictionary()
-    for i in range(args.words):
-        words.add_symbol(f"w{i}")
-    task = SimpleNamespace(source_dictionary=words, target_dictionary=words)
+    task = task_of(args.words)
     model = models.build_model(OmegaConf.create(sizes(args) | model_options), task).train()
     loss = LabelSmoothedCrossEntropyCriterion(task, sentence_avg=False, label_smoothing=0.1)
-    sample = _batch(args, len(words))
+    sample = _batch(args, len(task.target_dictionary))
 
     def step() -> None:
         precision = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()

@@ -81,8 +81,9 @@ class PlainEncoder(nn.Module):
         stack = model.encoder
         self.pad = pad
         self.embedding = _embedding(weights, "encoder", stack, positions)
-        self.attentions, self.ffns = _layers(weights, "encoder", stack, "self_attn")
-        self.memories, _ = _layers(weights, "decoder", model.decoder, "encoder_attn")
+        self.attentions = _attentions(weights, "encoder", stack, "self_attn")
+        self.ffns = _ffns(weights, "encoder", stack)
+        self.memories = _attentions(weights, "decoder", model.decoder, "encoder_attn")
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S], padded on either side -> [N, 2, B, H, S, C], and [B, S], true at words."""
@@ -110,8 +111,9 @@ class PlainDecoderStep(nn.Module):
         super().__init__()
         stack = model.decoder
         self.embedding = _embedding(weights, "decoder", stack, positions)
-        self.attentions, self.ffns = _layers(weights, "decoder", stack, "self_attn")
-        self.crosses, _ = _layers(weights, "decoder", stack, "encoder_attn")
+        self.attentions = _attentions(weights, "decoder", stack, "self_attn")
+        self.ffns = _ffns(weights, "decoder", stack)
+        self.crosses = _attentions(weights, "decoder", stack, "encoder_attn")
         self.output = _linear(weights, "decoder.output_projection")
 
     def forward(
@@ -133,17 +135,20 @@ class PlainDecoderStep(nn.Module):
         return self.output(x[:, 0]), torch.stack(present)
 
 
-def _layers(
-    weights: dict[str, Tensor], name: str, stack: Any, attention: str
-) -> tuple[nn.ModuleList, nn.ModuleList]:
-    attentions, ffns = nn.ModuleList(), nn.ModuleList()
-    for number, layer in enumerate(stack.layers):
-        path = f"{name}.layers.{number}"
-        attentions.append(
-            Attention(weights, f"{path}.{attention}", getattr(layer, attention).num_heads)
+def _attentions(weights: dict[str, Tensor], name: str, stack: Any, attention: str) -> nn.ModuleList:
+    return nn.ModuleList(
+        Attention(
+            weights, f"{name}.layers.{number}.{attention}", getattr(layer, attention).num_heads
         )
-        ffns.append(FeedForward(weights, path, layer.activation_fn))
-    return attentions, ffns
+        for number, layer in enumerate(stack.layers)
+    )
+
+
+def _ffns(weights: dict[str, Tensor], name: str, stack: Any) -> nn.ModuleList:
+    return nn.ModuleList(
+        FeedForward(weights, f"{name}.layers.{number}", layer.activation_fn)
+        for number, layer in enumerate(stack.layers)
+    )
 
 
 def _embedding(weights: dict[str, Tensor], name: str, stack: Any, positions: Tensor) -> Embedding:

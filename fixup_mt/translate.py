@@ -8,6 +8,7 @@ between. Lines come out in the order in which they went in; an empty one stays e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -120,8 +121,6 @@ def translated(
 
 def _opened(name: str, mode: str, standard: TextIO) -> Any:
     if name == "-":
-        import contextlib
-
         return contextlib.nullcontext(standard)
     try:
         return Path(name).open(mode, encoding="utf-8")
