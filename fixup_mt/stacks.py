@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fixup_core import ScalarBias, ScalarMultiplier
+from fixup_mt.beams import reorder_encoder_out
 from fixup_mt.layers import FixupDecoderLayer, FixupEncoderLayer
 from fixup_mt.vocabulary import VocabularyDigest
 
@@ -60,6 +61,16 @@ class FixupEncoder(TransformerEncoderBase):
 
     def build_encoder_layer(self, cfg: Any) -> nn.Module:
         return _wrap(FixupEncoderLayer(cfg, return_fc=self.return_fc), cfg)
+
+    @torch.jit.export
+    def reorder_encoder_out(
+        self, encoder_out: Dict[str, List[Tensor]], new_order: Tensor
+    ) -> Dict[str, List[Tensor]]:
+        """One row for each element of ``new_order``, or for each sentence where its hypotheses
+        stand side by side: in place of a copy of the sentence for each of them, ``"group"`` says
+        how many share it. Differs: fairseq copies everything, anew for every piece.
+        """
+        return reorder_encoder_out(encoder_out, new_order)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-tokens", type=int, default=2048, metavar="N", help="default: %(default)s")
     add("--compute-type", default="default", help="float32, int8, ...; default: as exported")
     add("--device", default="cpu", choices=("cpu", "cuda", "auto"), help="default: %(default)s")
-    add("--threads", type=int, default=0, metavar="N", help="of the CPU (default: the engine's)")
+    add("--threads", type=int, default=0, metavar="N", help="of the CPU (default: one for a core)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -77,10 +78,18 @@ def load(args: argparse.Namespace) -> Any:
             str(args.model),
             device=args.device,
             compute_type=args.compute_type,
-            intra_threads=args.threads,
+            # A batch for each thread is faster than all threads for a batch.
+            inter_threads=_threads(args),
+            intra_threads=1,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"CTranslate2 cannot load {args.model}: {error}") from error
+
+
+def _threads(args: argparse.Namespace) -> int:
+    if args.device != "cpu":
+        return 1
+    return args.threads or len(os.sched_getaffinity(0))
 
 
 class Pieces:
