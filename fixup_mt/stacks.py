@@ -52,12 +52,24 @@ class FixupEncoder(TransformerEncoderBase):
         self.layer_norm = nn.Sequential(ScalarBias(), ScalarMultiplier())
         self.vocabulary = VocabularyDigest(dictionary, "source")
         self.autocast = DTYPES[str(cfg.fixup_autocast)]
+        self.compiles = bool(cfg.fixup_compile)
 
     def upgrade_state_dict_named(self, state_dict: dict, name: str) -> dict:
         """Nothing to do: there are no old checkpoints. fairseq's takes a state dict without a
         version, as its moving averages load one, for an old one and drops the closing scalars.
         """
         return state_dict
+
+    @torch.jit.unused
+    def train(self, mode: bool = True) -> nn.Module:
+        """As any module's; with ``--fixup-compile`` layers are compiled, one by one, to train.
+
+        Evaluation is eager: step-by-step decoding has other shapes at every step.
+        """
+        super().train(mode)
+        if self.compiles:
+            compile_layers_(self.layers, mode)
+        return self
 
     def build_encoder_layer(self, cfg: Any) -> nn.Module:
         return _wrap(FixupEncoderLayer(cfg, return_fc=self.return_fc), cfg)
@@ -101,8 +113,17 @@ class FixupDecoder(TransformerDecoderBase):
         self.layer_norm = ScalarBias()
         self.vocabulary = VocabularyDigest(dictionary, "target")
         self.autocast = DTYPES[str(cfg.fixup_autocast)]
+        self.compiles = bool(cfg.fixup_compile)
 
     upgrade_state_dict_named = FixupEncoder.upgrade_state_dict_named
+
+    @torch.jit.unused
+    def train(self, mode: bool = True) -> nn.Module:
+        """As the encoder's."""
+        super().train(mode)
+        if self.compiles:
+            compile_layers_(self.layers, mode)
+        return self
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
         return _wrap(FixupDecoderLayer(cfg, no_encoder_attn), cfg)
@@ -160,6 +181,14 @@ class FixupDecoder(TransformerDecoderBase):
                 )
                 x = x if features_only else self.output_layer(x)
             return x if self.autocast is None else x.float(), extra
+
+
+def compile_layers_(layers: nn.Module, training: bool) -> None:
+    """Compile each layer for training, for any lengths; or go back to the eager form."""
+    for layer in layers.children():
+        layer._compiled_call_impl = None
+        if training:
+            layer.compile(dynamic=True)
 
 
 def precision(dtype: Optional[torch.dtype], tokens: Tensor) -> Any:
