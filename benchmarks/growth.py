@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -107,4 +106,4 @@ def _slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
