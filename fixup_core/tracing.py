@@ -1,0 +1,175 @@
+"""The graph of what a network computes, made by ``torch.export``, with names of parameters.
+
+Every node is an ATen operation; ``torch.export`` says which module called it. Nodes are told apart
+by what they depend on: *flowing* ones on the network's inputs, the others on parameters alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from fixup_core.errors import UserError, one_line
+
+PRODUCTS = frozenset(
+    """linear conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d
+    matmul mm bmm addmm baddbmm einsum""".split()
+)
+"""Operations that make a weight layer of a parameter."""
+VIEWS = frozenset(
+    """t transpose permute view reshape select slice split split_with_sizes chunk getitem unbind
+    contiguous clone squeeze unsqueeze expand flatten unflatten alias detach movedim
+    _to_copy to""".split()
+)
+"""Operations that move numbers and leave them as they are."""
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+class Trace:
+    """What ``network`` does with ``inputs``.
+
+    Args:
+        network: It is traced in training mode, with no numbers computed, and left as it was.
+        inputs: A tensor, a tuple of arguments or a mapping of named ones.
+
+    Attributes:
+        nodes: In the order of the forward pass.
+        parameters: For a node that depends on parameters alone, their names.
+        sources: For a flowing node, itself and the flowing nodes that it depends on.
+        visible: The nodes that an output depends on.
+
+    Raises:
+        UserError: The network cannot be traced.
+    """
+
+    def __init__(self, network: nn.Module, inputs: Inputs) -> None:
+        program = _exported(network, inputs)
+        signature = program.graph_signature
+        own = dict(signature.inputs_to_parameters)
+        entering = set(signature.user_inputs)
+        self.nodes = list(program.graph.nodes)
+        self.order = {node: number for number, node in enumerate(self.nodes)}
+        self.parameters: dict[Node, frozenset[str]] = {}
+        self.sources: dict[Node, frozenset[Node]] = {}
+        for node in self.nodes:
+            if node.name in own:
+                self.parameters[node] = frozenset({own[node.name]})
+            elif node.name in entering:
+                self.sources[node] = frozenset({node})
+            elif node.op == "call_function":
+                self._add(node)
+        self.visible = self._reaching(set(signature.user_outputs))
+
+    def _reaching(self, outputs: set[str]) -> set[Node]:
+        """The nodes that an output depends on; running statistics are none."""
+        waiting = [node for node in self.nodes if node.name in outputs]
+        reaching: set[Node] = set()
+        while waiting:
+            node = waiting.pop()
+            if node not in reaching:
+                reaching.add(node)
+                waiting += node.all_input_nodes
+        return reaching
+
+    def _add(self, node: Node) -> None:
+        flowing = [given for given in node.all_input_nodes if given in self.sources]
+        if flowing:
+            self.sources[node] = frozenset({node}).union(*(self.sources[n] for n in flowing))
+        else:
+            given = [self.parameters.get(n, frozenset()) for n in node.all_input_nodes]
+            self.parameters[node] = frozenset().union(*given)
+
+    def flowing(self, node: Node) -> list[Node]:
+        """The arguments of ``node`` that depend on the network's inputs, in their order."""
+        return [given for given in node.all_input_nodes if given in self.sources]
+
+    def depends(self, node: Node, on: Node) -> bool:
+        """Whether ``node`` is ``on`` or computed from it."""
+        return on in self.sources.get(node, ())
+
+    def weight(self, node: Node) -> tuple[str, str | None] | None:
+        """The parameters whose product with what flows a node is: those of weight and bias.
+
+        Raises:
+            UserError: The weight is computed, and not by views, of parameters.
+        """
+        if operation(node) not in PRODUCTS or len(self.flowing(node)) != 1:
+            return None
+        constant = [n for n in node.all_input_nodes if self.parameters.get(n)]
+        matrices = [n for n in constant if shape_of(n) is not None and len(shape_of(n) or ()) > 1]
+        if not matrices:
+            return None
+        names = self.parameters[matrices[0]]
+        if len(names) > 1 or not _is_view(matrices[0]):
+            raise UserError(
+                f"the weight of {owner(node) or 'the network'} is computed from "
+                f"{', '.join(sorted(names))}: remove its parametrisation first "
+                "(torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+        biases = [self.parameters[n] for n in constant if n is not matrices[0]]
+        return next(iter(names)), next(iter(biases[0])) if biases else None
+
+
+def operation(node: Node) -> str:
+    """The name of a node's operation, without its overload: ``add``, ``conv2d``."""
+    target: Any = node.target
+    packet = getattr(target, "overloadpacket", target)
+    return str(getattr(packet, "__name__", packet)).rsplit(".", 1)[-1].removesuffix("_")
+
+
+def owner(node: Node) -> str:
+    """The path of the innermost module that calls a node's operation; empty for the network."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return _clean(stack[-1][0]) if stack else ""
+
+
+def shape_of(node: Node) -> tuple[int, ...] | None:
+    """The shape of what a node computes; ``None`` where that is no tensor."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _clean(path: str) -> str:
+    return path.removeprefix("L['self'].").removeprefix("L['self']").split("@")[0]
+
+
+def _is_view(node: Node) -> bool:
+    while node.op != "placeholder":
+        if operation(node) not in VIEWS or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return True
+
+
+def _exported(network: nn.Module, inputs: Inputs) -> Any:
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, Mapping):
+        kwargs = dict(inputs)
+    else:
+        args = inputs if isinstance(inputs, tuple) else (inputs,)
+    modes = {module: module.training for module in network.modules()}
+    try:
+        program = torch.export.export(network.train(), args, kwargs, strict=False)
+        return program.run_decompositions({})
+    except Exception as error:
+        raise UserError(
+            f"{type(network).__name__} cannot be traced, so its residual branches must be named: "
+            "branches={'block1': ['block1.conv1', 'block1.conv2'], ...} "
+            f"(torch.export: {one_line(str(error))[:200]})"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def parameters_of(network: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """The parameters of ``network``: name, the module that holds each, its name there, itself."""
+    for path, module in network.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            yield (f"{path}.{name}" if path else name), module, name, parameter
