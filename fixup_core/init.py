@@ -54,6 +54,7 @@ def fixup_init_(
     rule: Rule = branch_scale,
     zero: bool = True,
     keep: Iterable[nn.Parameter] = (),
+    gains: Iterable[nn.Parameter] = (),
     generator: Generator | None = None,
 ) -> FixupReport:
     """Initialise ``model`` by the Fixup rules (Zhang et al. 2019, section 4).
@@ -73,6 +74,7 @@ def fixup_init_(
         zero: Rule 1. False is an ablation: the last layer of a branch takes the factor of the
             others, the classifier PyTorch's own initialisation.
         keep: Parameters to leave as they are, such as pretrained embeddings.
+        gains: Parameters that multiply element by element, such as layer scales: they start at 1.
         generator: Source of the random numbers; PyTorch's own by default.
 
     Returns:
@@ -89,6 +91,8 @@ def fixup_init_(
             "give its blocks a residual_branches() method"
         )
     plan.add_scalars()
+    for gain in gains:
+        plan._constant(gain, "gain", 1.0, 1.0)
     plan.add_branches(rule, zero)
     plan.add_classifiers(zero)
     plan.add_declared()

@@ -1,8 +1,9 @@
-"""What ``fixup_init_`` did, as data and as a table."""
+"""What ``fixup_init_`` and ``fixup_`` did, as data and as tables."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -50,10 +51,8 @@ class FixupReport:
         """A table of all weights (scalars are summed up in the last line)."""
         header = ("parameter", "role", "branch", "m", "L", "factor", "std")
         weights = [row for row in self.rows if row.value is None]
-        cells = [header, *(_cells(row) for row in weights)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
-        return "\n".join([*(line.rstrip() for line in lines), self.summary()])
+        lines = _table([header, *(_cells(row) for row in weights)])
+        return "\n".join([*lines, self.summary()])
 
     def summary(self) -> str:
         """One line: L, the m of the branches, and how many parameters had each role."""
@@ -62,6 +61,82 @@ class FixupReport:
         branches = ", ".join(f"{n} of m = {m}" for m, n in sorted(depths.items()))
         counts = ", ".join(f"{n} {role}" for role, n in sorted(roles.items()))
         return f"L = {self.num_branches} residual branches ({branches}); parameters: {counts}"
+
+
+@dataclass(frozen=True)
+class ConvertedBranch:
+    """A residual branch of a network that ``fixup_`` has converted.
+
+    Attributes:
+        name: Path of the module that adds it to its shortcut.
+        m: Its weight layers.
+        factor: Of all of them but the last, which is 0.
+        layers: Names of their parameters.
+        gates: Names of weights in it that do not multiply it; they stay as they are.
+    """
+
+    name: str
+    m: int
+    factor: float
+    layers: tuple[str, ...]
+    gates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What ``fixup_`` found and did.
+
+    Attributes:
+        branches: In the order of the forward pass; their number is L.
+        head: Names of the output layers' weights, which are 0.
+        removed: Paths of the normalisation layers that are no more.
+        scalars: How many were added.
+        kept: Names of the parameters that are as they were.
+        notes: What a reader should know.
+        init: Every parameter that was written.
+    """
+
+    branches: tuple[ConvertedBranch, ...]
+    head: tuple[str, ...]
+    removed: tuple[str, ...]
+    scalars: int
+    kept: tuple[str, ...]
+    notes: tuple[str, ...]
+    init: FixupReport
+
+    @property
+    def num_branches(self) -> int:
+        """L of the rules."""
+        return len(self.branches)
+
+    def __str__(self) -> str:
+        """A table of the branches, then what else was done."""
+        header = ("branch", "m", "factor", "layers (the last is 0)", "gates")
+        rows = [(b.name, str(b.m), f"{b.factor:.4f}", *_names(b)) for b in self.branches]
+        lines = [
+            *_table([header, *rows]),
+            f"L = {self.num_branches} residual branches; at 0: {', '.join(self.head) or 'no head'}",
+            f"{len(self.removed)} normalisation layers removed, {self.scalars} scalars added, "
+            f"{len(self.kept)} parameters kept as they were",
+            *(f"note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+
+def _names(branch: ConvertedBranch) -> tuple[str, str]:
+    """Layers and gates, by their names within the branch."""
+    prefix = f"{branch.name}." if branch.name else ""
+    layers, gates = (
+        ", ".join(name.removeprefix(prefix).removesuffix(".weight") for name in names)
+        for names in (branch.layers, branch.gates)
+    )
+    return layers, gates
+
+
+def _table(cells: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    padded = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
+    return [line.rstrip() for line in padded]
 
 
 def _cells(row: Row) -> tuple[str, ...]:

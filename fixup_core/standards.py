@@ -15,7 +15,10 @@ from fixup_core import scaling
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+NORMS = (
+    *(nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm),
+    *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ def _he(module: Any) -> float:
     return scaling.he_std(fan_in if isinstance(module, nn.Linear) else fan_out)
 
 
+def _he_per_group(module: Any) -> float:
+    groups = 1 if isinstance(module, TRANSPOSED) else getattr(module, "groups", 1)
+    return scaling.he_std(fans(module)[1] // groups)
+
+
 def _torch_default(module: Any) -> float:
     return scaling.torch_default_std(fans(module)[0])
 
@@ -76,6 +84,9 @@ def _embedding(module: Any) -> float:
 HE_NORMAL = Standard("He normal", _he)
 """Over the fan-out of a convolution, as the authors' code has it, and the fan-in of a linear layer,
 whose two fans may differ by much (He et al. 2015, equations 10 and 14)."""
+HE_PER_GROUP = Standard("He normal, per group", _he_per_group)
+"""The fan-out of one group: with that of all groups the output of a depthwise convolution would
+shrink by the square root of its channels."""
 XAVIER_UNIFORM = Standard("Xavier uniform", _xavier, "uniform")
 PACKED_XAVIER_UNIFORM = Standard("Xavier uniform, packed q/k/v", _xavier_packed, "uniform")
 """The fan of one packed ``3d x d`` matrix of queries, keys and values, as in the authors' code:

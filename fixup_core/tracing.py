@@ -124,8 +124,12 @@ def operation(node: Node) -> str:
 
 def owner(node: Node) -> str:
     """The path of the innermost module that calls a node's operation; empty for the network."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return _clean(stack[-1][0]) if stack else ""
+    return stack(node)[-1] if stack(node) else ""
+
+
+def stack(node: Node) -> list[str]:
+    """The paths of the modules around a node's operation, the innermost last."""
+    return [_clean(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
 def shape_of(node: Node) -> tuple[int, ...] | None:
