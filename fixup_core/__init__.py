@@ -4,9 +4,10 @@ The rules shared by ``fixup_mt`` and ``vision``; needs torch alone.
 """
 
 from fixup_core.branches import ResidualBranch, WeightLayer, collect_branches
+from fixup_core.convert import fixup_
 from fixup_core.init import fixup_init_, lsuv_init_, standard_init_
 from fixup_core.param_groups import SCALAR_LR_RATIO, anchored_rate, param_groups
-from fixup_core.report import FixupReport
+from fixup_core.report import ConversionReport, ConvertedBranch, FixupReport
 from fixup_core.scalars import (
     Scalar,
     ScalarBias,
@@ -18,6 +19,8 @@ from fixup_core.scaling import branch_scale
 
 __all__ = [
     "SCALAR_LR_RATIO",
+    "ConversionReport",
+    "ConvertedBranch",
     "FixupReport",
     "ResidualBranch",
     "Scalar",
@@ -28,6 +31,7 @@ __all__ = [
     "anchored_rate",
     "branch_scale",
     "collect_branches",
+    "fixup_",
     "fixup_init_",
     "lsuv_init_",
     "param_groups",

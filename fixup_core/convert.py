@@ -147,9 +147,9 @@ def _traced_plan(
         raise UserError("give fixup_ a batch, example_inputs=, or name the branches= yourself")
     survey = Survey(network, inputs, kinds, keep_norms, allow)
     plan = Plan(gains=survey.gains(), notes=survey.notes)
-    for found in survey.branches:
-        layers = survey.layers(found)
-        plan.branches.append((found.name, layers, [use.weight for use in found.gates]))
+    for number, found in enumerate(survey.branches, start=1):
+        layers, name = survey.layers(found), found.name or f"addition {number}"
+        plan.branches.append((name, layers, [use.weight for use in found.gates]))
         plan.before += [layer.unit for layer in layers if layer.unit and layer.enters]
         if layers[-1].unit:
             plan.multiplied.append(layers[-1].unit)
@@ -157,6 +157,12 @@ def _traced_plan(
     plan.before += [layer.unit for layer in plan.head if layer.unit]
     survey.place_activation_biases(plan.after, plan.norms)
     plan.before, plan.after = _once(plan.before), _once(plan.after)
+    if survey.by_function:
+        names = ", ".join(list(survey.by_function)[:3])
+        plan.notes.append(
+            f"{len(survey.by_function)} weights are used by functions, not by modules of their "
+            f"own: they have no scalars ({names}, ...)"
+        )
     return plan
 
 

@@ -74,6 +74,7 @@ class Survey:
     ) -> None:
         self.network, self.keep_norms, self.allow = network, keep_norms, tuple(allow)
         self.notes: list[str] = []
+        self.by_function: dict[str, None] = {}
         modules = network.named_modules(remove_duplicate=False)
         self.norms = {path for path, module in modules if isinstance(module, kinds)}
         self.trace = Trace(network, inputs)
@@ -170,9 +171,7 @@ class Survey:
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight is self.network.get_parameter(use.weight):
             return path
-        note = f"{use.weight} is used by a function in {path or 'the network'}: it has no scalars"
-        if note not in self.notes:
-            self.notes.append(note)
+        self.by_function[use.weight] = None
         return ""
 
     def _uncovered(self, node: Node) -> set[str]:
