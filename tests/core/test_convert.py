@@ -1,0 +1,484 @@
+"""``fixup_``: what it finds in other people's networks, what it makes of them, what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fixup_core import collect_branches, fixup_, param_groups, scalars
+from fixup_core.attached import NoNorm
+from fixup_core.errors import UserError
+from fixup_core.standards import NORMS
+from tests.core.foreign import GatedMlp, PreActivation, Separable
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def _torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        models = pytest.importorskip("torchvision").models
+        return getattr(models, name)(num_classes=10, **options)
+
+    return make
+
+
+def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        return pytest.importorskip("timm").create_model(name, num_classes=10, **options)
+
+    return make
+
+
+class Encoder(nn.Module):
+    """``nn.TransformerEncoder`` with a head."""
+
+    def __init__(self, depth: int = 2, norm_first: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            16, 2, 32, dropout, batch_first=True, norm_first=norm_first
+        )
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images.flatten(2)[..., :16]).mean(dim=1))
+
+
+class Basic(nn.Module):
+    """A block of the authors' network, with batch normalisation, then a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(2))
+        self.bn1, self.bn2 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.relu = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(3, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.fc(self.relu(h + x).mean((2, 3)))
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], int, set[int]]] = {
+    "resnet18": (_torchvision("resnet18"), 8, {2}),
+    "resnet50": (_torchvision("resnet50"), 16, {3}),
+    "convnext_tiny": (_torchvision("convnext_tiny"), 18, {3}),
+    "vit_b_16": (_torchvision("vit_b_16", image_size=32), 24, {2}),
+    "resnet50d": (_timm("resnet50d"), 16, {3}),
+    "seresnet": (_timm("seresnet33ts"), 10, {3}),
+    "resnetv2": (_timm("resnetv2_50"), 16, {3}),
+    "timm vit": (_timm("vit_tiny_patch16_224", img_size=32), 24, {2}),
+    "timm mixer": (_timm("mixer_s16_224", img_size=32), 16, {2}),
+    "timm convnext": (_timm("convnext_atto"), 12, {3}),
+    "encoder": (Encoder, 4, {2}),
+    "encoder, norm first": (lambda: Encoder(norm_first=True), 4, {2}),
+    "PreActivation": (PreActivation, 4, {2}),
+    "Separable": (Separable, 3, {3}),
+    "GatedMlp": (GatedMlp, 6, {2, 3}),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_branches_are_found_and_logits_start_at_zero(name: str) -> None:
+    make, num_branches, depths = NETS[name]
+    net = make()
+    before = dict(net.named_parameters())
+    removed = {id(p) for m in net.modules() if isinstance(m, NORMS) for p in m.parameters()}
+    report = fixup_(net, example_inputs=IMAGES, verbose=False)
+    assert report.num_branches == len(collect_branches(net)) == num_branches
+    assert {branch.m for branch in report.branches} == depths
+    for branch in report.branches:
+        assert branch.factor == pytest.approx(num_branches ** (-1 / (2 * branch.m - 2)))
+    assert net(IMAGES).shape == (4, 10) and net(IMAGES).abs().max() == 0
+    assert not [m for m in net.modules() if isinstance(m, NORMS)]
+    after = dict(net.named_parameters())
+    for path, parameter in before.items():
+        assert (after.get(path) is parameter) is (id(parameter) not in removed), path
+    added = after.keys() - before.keys()
+    assert len(added) == report.scalars == sum(1 for _ in scalars(net))
+    assert all(after[path].shape == (1,) for path in added)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "encoder", "PreActivation", "Separable", "GatedMlp"])
+def test_training_reaches_every_parameter(name: str) -> None:
+    torch.manual_seed(0)
+    net = NETS[name][0]()
+    fixup_(net, example_inputs=IMAGES, verbose=False)
+    optimizer = torch.optim.SGD(param_groups(net, lr=0.1), momentum=0.9)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(IMAGES), torch.arange(4))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(10)) and losses[-1] < losses[0]
+    # Under an InstanceNorm that is gone nothing is lost; a softmax ignores what all logits share.
+    silent = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert not silent
+
+
+def test_scalars_stand_where_the_authors_have_them() -> None:
+    net = Basic()
+    fixup_(net, example_inputs=IMAGES, verbose=False)
+    _disturb_(net)
+    s = {n: p for n, p in net.named_parameters() if p.shape == (1,)}
+    assert len(s) == 7 - 1 + 1  # b1a b1b b2a multiplier b2b, and the head's; the stem has none
+    h = F.conv2d(IMAGES + s["conv1.fixup_before.weight"], net.conv1.weight, padding=1)
+    h = F.relu(h + s["bn1.shift.weight"]) + s["conv2.fixup_before.weight"]
+    h = F.conv2d(h, net.conv2.weight, padding=1) * s["conv2.fixup_multiplier.weight"]
+    h = F.relu(h + s["conv2.fixup_after.weight"] + IMAGES).mean((2, 3))
+    logits = net.fc(h)  # the hook adds the head's bias
+    torch.testing.assert_close(net(IMAGES), logits)
+    expected = F.linear(h + s["fc.fixup_before.weight"], net.fc.weight, net.fc.bias)
+    torch.testing.assert_close(logits, expected)
+
+
+def _disturb_(net: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_evaluation_of_a_transformer_does_not_pass_its_scalars_by(norm_first: bool) -> None:
+    net = Encoder(norm_first=norm_first)
+    fixup_(net, example_inputs=IMAGES, verbose=False)
+    _disturb_(net)
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(IMAGES), net.train()(IMAGES))
+        without = copy.deepcopy(net).eval()
+        for scalar in scalars(without):
+            scalar.weight.zero_()
+        assert not torch.allclose(without(IMAGES), net.eval()(IMAGES))
+
+
+def test_encoder_and_decoder_with_masks_and_keywords() -> None:
+    net = nn.Transformer(16, 2, 1, 2, 32, dropout=0.0, batch_first=True)
+    source, target = torch.randn(2, 5, 16), torch.randn(2, 4, 16)
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    inputs = {"src": source, "tgt": target, "tgt_mask": mask}
+    report = fixup_(net, example_inputs=inputs, verbose=False)
+    assert [branch.m for branch in report.branches] == [2] * 8
+    crossing = report.branches[3]
+    assert crossing.layers == tuple(
+        f"decoder.layers.0.multihead_attn.{n}" for n in ("in_proj_weight", "out_proj.weight")
+    )
+    assert not report.head and "no head" in str(report)
+    torch.testing.assert_close(net(**inputs), target)  # every branch is 0
+
+
+def test_a_converted_network_is_copied_pickled_and_loaded() -> None:
+    net = PreActivation()
+    fixup_(net, example_inputs=IMAGES, verbose=False)
+    _disturb_(net)
+    other = PreActivation()
+    fixup_(other, example_inputs=IMAGES, verbose=False)
+    other.load_state_dict(net.state_dict())
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    for twin in (other, copy.deepcopy(net), torch.load(file, weights_only=False)):
+        torch.testing.assert_close(twin(IMAGES), net(IMAGES))
+        assert {b.name for b in collect_branches(twin)} == {b.name for b in collect_branches(net)}
+        own = {id(module) for module in twin.modules()}
+        layers = [layer for branch in collect_branches(twin) for layer in branch.layers]
+        assert all(id(layer.module) in own for layer in layers)
+
+
+def test_the_weights_of_the_original_load_by_name() -> None:
+    original, net = PreActivation(), PreActivation()
+    fixup_(net, example_inputs=IMAGES, verbose=False)
+    missing, unexpected = net.load_state_dict(original.state_dict(), strict=False)
+    assert all("fixup_" in name or ".shift." in name for name in missing)
+    assert all(name.startswith("norm") for name in unexpected)
+    assert torch.equal(net.convs[0].weight, original.convs[0].weight)
+
+
+def test_what_lies_outside_the_branches_stays() -> None:
+    torch.manual_seed(0)
+    net = GatedMlp()
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    report = fixup_(net, example_inputs=IMAGES, verbose=False)
+    kept = {"patches.weight", "patches.bias", "positions", "layers.0.q.weight", "layers.0.k.bias"}
+    assert kept <= set(report.kept)
+    after = dict(net.named_parameters())
+    assert all(torch.equal(after[name], before[name]) for name in report.kept)
+    drawn = ("layers.0.v.weight", "layers.0.gate.weight", "layers.0.down.weight", "head.weight")
+    assert not any(torch.equal(after[name], before[name]) for name in drawn)
+    assert report.branches[0].gates == ("layers.0.q.weight", "layers.0.k.weight")
+
+
+def test_standard_deviations_of_grouped_convolutions_are_their_own() -> None:
+    net = Separable(depth=2, width=64)
+    report = fixup_(net, example_inputs=IMAGES, verbose=False)
+    factor = report.branches[0].factor
+    for weight, fan in ((net.blocks[0].down.weight, 4), (net.blocks[0].mix.weight, 32)):
+        expected = factor * math.sqrt(2 / fan)
+        assert weight.std() == pytest.approx(expected, rel=6 / math.sqrt(2 * weight.numel()))
+
+
+def test_layer_scales_start_at_one() -> None:
+    net = _torchvision("convnext_tiny")()
+    fixup_(net, example_inputs=IMAGES, verbose=False)
+    assert torch.equal(net.features[1][0].layer_scale, torch.ones(96, 1, 1))
+
+
+def test_norms_can_be_kept() -> None:
+    net = PreActivation()
+    report = fixup_(net, example_inputs=IMAGES, keep_norms=True, verbose=False)
+    assert not report.removed and net(IMAGES).abs().max() == 0
+    assert sum(isinstance(m, NORMS) for m in net.modules()) == 9
+
+
+def test_a_norm_with_an_activation_in_it_keeps_that() -> None:
+    norm = nn.BatchNorm2d(3)
+    norm.act = nn.ReLU()
+    empty = NoNorm(norm, shifted=True)
+    with torch.no_grad():
+        empty.shift.weight.fill_(-0.5)
+    torch.testing.assert_close(empty(IMAGES), F.relu(IMAGES - 0.5))
+
+
+def test_another_rule_and_a_generator() -> None:
+    nets = [GatedMlp(), GatedMlp()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, rule in zip(nets, (lambda L, m: 1.0, lambda L, m: 0.25), strict=True):
+        generator = torch.Generator().manual_seed(3)
+        fixup_(net, example_inputs=IMAGES, rule=rule, generator=generator, verbose=False)
+    torch.testing.assert_close(nets[0].layers[0].v.weight, 4 * nets[1].layers[0].v.weight)
+
+
+def test_the_report_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    report = fixup_(GatedMlp(), example_inputs=IMAGES)
+    assert str(report) in capsys.readouterr().out
+    assert "L = 6 residual branches; at 0: head.weight" in str(report)
+
+
+# By declaration
+
+
+class Untraceable(nn.Module):
+    """Its path depends on what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+            for _ in range(3)
+        )
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if x.sum() > -1e9:
+                x = x + block(x)
+        return self.fc(x)
+
+
+BRANCHES = {f"blocks.{i}": [f"blocks.{i}.1", f"blocks.{i}.3"] for i in range(3)}
+
+
+def test_branches_that_are_named() -> None:
+    net, x = Untraceable(), torch.randn(5, 8)
+    with pytest.raises(UserError, match=r"cannot be traced.*branches="):
+        fixup_(net, example_inputs=x, verbose=False)
+    report = fixup_(net, branches=BRANCHES, head="fc", verbose=False)
+    assert report.num_branches == 3 and net(x).abs().max() == 0
+    assert not [m for m in net.modules() if isinstance(m, nn.LayerNorm)]
+    assert net.blocks[0][1].weight.std() > 0 and not net.blocks[0][3].weight.any()
+
+
+def test_branches_that_the_network_declares_need_no_inputs() -> None:
+    from tests.core.nets import ConvNet
+
+    report = fixup_(ConvNet(4), verbose=False)
+    assert report.num_branches == 4 and report.head == ("fc.weight",)
+
+
+# What is refused
+
+
+class Net(nn.Module):
+    """``forward`` is given; eight layers of eight, a recurrent one and a norm are there for it."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e, self.f = (nn.Linear(8, 8) for _ in range(6))
+        self.lstm, self.norm = nn.LSTM(8, 8, batch_first=True), nn.LayerNorm(8)
+        self.own = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.own(self, x)
+
+
+def _plain(n: Any, x: Tensor) -> Tensor:
+    return n.b(n.norm(n.a(x)))
+
+
+def _one_layer(n: Any, x: Tensor) -> Tensor:
+    return n.e(x + n.a(F.relu(x)))
+
+
+def _by_product(n: Any, x: Tensor) -> Tensor:
+    return n.e(x * n.b(F.relu(n.a(x))))
+
+
+def _by_concatenation(n: Any, x: Tensor) -> Tensor:
+    return torch.cat([x, n.b(F.relu(n.a(x)))], dim=-1)
+
+
+def _tied(n: Any, x: Tensor) -> Tensor:
+    x = x + n.b(F.relu(n.a(x)))
+    return n.e(x + n.c(F.relu(n.a(x))))
+
+
+def _recurrent(n: Any, x: Tensor) -> Tensor:
+    for _ in range(3):
+        x = x + n.b(F.relu(n.a(x)))
+    return n.e(x)
+
+
+def _twice_in_one(n: Any, x: Tensor) -> Tensor:
+    return n.e(x + n.b(n.a(F.relu(n.a(x)))))
+
+
+def _used_elsewhere(n: Any, x: Tensor) -> Any:
+    h = n.b(F.relu(n.a(x)))
+    return n.e(x + h), h
+
+
+def _nested(n: Any, x: Tensor) -> Tensor:
+    h = n.a(x)
+    h = h + n.c(F.relu(n.b(h)))
+    return n.e(x + n.d(h))
+
+
+def _side_by_side(n: Any, x: Tensor) -> Tensor:
+    h = F.relu(n.a(x))
+    return n.e(x + n.d(n.b(h) + n.c(h)))
+
+
+def _uncovered(n: Any, x: Tensor) -> Tensor:
+    return n.e(x + n.b(n.lstm(n.a(x))[0]))
+
+
+def _norm_by_function(n: Any, x: Tensor) -> Tensor:
+    return n.e(x + n.b(F.relu(F.layer_norm(n.a(x), (8,)))))
+
+
+REFUSED = {
+    _plain: "Net has no residual branch",
+    _one_layer: r"ends in the network itself \(add\) has one weight layer, a.weight.*branches=",
+    _by_product: r"no residual branch.*otherwise than by addition in the network itself \(mul\)",
+    _by_concatenation: r"no residual branch.*in the network itself \(cat\)",
+    _tied: "a.weight is used in .*branch 1.* and in .*branch 2",
+    _recurrent: "a.weight is used in",
+    _twice_in_one: "a.weight is used twice in the residual branch",
+    _used_elsewhere: "used outside of it too.*reaches the output twice",
+    _nested: "holds other residual branches",
+    _side_by_side: "side by side",
+    _uncovered: r"no rule covers lstm.*allow=\[",
+    _norm_by_function: "normalises by a function.*norms=",
+}
+
+
+@pytest.mark.parametrize("forward", REFUSED, ids=lambda f: f.__name__)
+def test_what_no_rule_covers_is_refused_and_the_network_left_alone(forward: Any) -> None:
+    net = Net(forward)
+    _left_alone(net, REFUSED[forward], example_inputs=torch.randn(2, 3, 8))
+
+
+def _left_alone(net: nn.Module, message: str, **options: Any) -> None:
+    net.eval()
+    next(net.children()).train()
+    before, shown = copy.deepcopy(net.state_dict()), repr(net)
+    modes = [module.training for module in net.modules()]
+    random = torch.get_rng_state()
+    with pytest.raises(UserError, match=message) as caught:
+        fixup_(net, verbose=False, **options)
+    assert "\n" not in str(caught.value)
+    assert repr(net) == shown and torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in net.modules()] == modes
+    assert net.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert not hasattr(net, "residual_branches")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "example_inputs="),
+        ({"branches": BRANCHES}, "head="),
+        ({"branches": BRANCHES, "head": "fd"}, "no module 'fd'"),
+        ({"branches": BRANCHES, "head": "blocks"}, "'blocks' .ModuleList. has no weight"),
+        ({"branches": {"x": ["blocks.0.1"]}, "head": "fc"}, "'x' has 1 weight layer"),
+        ({"branches": {"x": ["blocks.0.1", "no"]}, "head": "fc"}, "no module 'no'"),
+        (
+            {"branches": BRANCHES | {"x": ["blocks.0.1", "blocks.0.3"]}, "head": "fc"},
+            "blocks.0.1.weight lies in two branches, 'blocks.0' and 'x'",
+        ),
+    ],
+)
+def test_wrong_declarations_are_told(options: dict[str, Any], message: str) -> None:
+    _left_alone(Untraceable(), message, **options)
+
+
+def test_a_failure_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise UserError("halfway")
+
+    monkeypatch.setattr("fixup_core.convert.fixup_init_", fail)
+    _left_alone(PreActivation(), "halfway", example_inputs=IMAGES)
+
+
+def test_a_parametrised_weight_is_refused() -> None:
+    net = PreActivation()
+    nn.utils.parametrizations.weight_norm(net.convs[1])
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    with pytest.raises(UserError, match=r"weight of convs.1.* remove its parametrisation"):
+        fixup_(net, example_inputs=IMAGES, verbose=False)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_a_second_time_is_refused() -> None:
+    net = PreActivation()
+    fixup_(net, example_inputs=IMAGES, verbose=False)
+    with pytest.raises(UserError, match="has Fixup's scalars already"):
+        fixup_(net, example_inputs=IMAGES, verbose=False)
+
+
+def test_what_is_allowed_stays() -> None:
+    net = Net(_uncovered)
+    before = net.lstm.weight_ih_l0.clone()
+    report = fixup_(net, example_inputs=torch.randn(2, 3, 8), allow=["lstm"], verbose=False)
+    assert torch.equal(net.lstm.weight_ih_l0, before) and "lstm.weight_ih_l0" in report.kept
+
+
+def test_an_output_that_is_an_embedding_cannot_be_zero() -> None:
+    class Language(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(11, 8)
+            self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 11, bias=False)
+            self.out.weight = self.embed.weight
+
+        def forward(self, words: Tensor) -> Tensor:
+            x = self.embed(words)
+            return self.out(x + self.fc2(F.gelu(self.fc1(self.norm(x)))))
+
+    net = Language()
+    before = net.embed.weight.clone()
+    report = fixup_(net, example_inputs=torch.arange(6).view(2, 3), verbose=False)
+    assert torch.equal(net.embed.weight, before) and "cannot be 0" in str(report)
