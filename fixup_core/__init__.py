@@ -4,6 +4,13 @@ The rules shared by ``fixup_mt`` and ``vision``; needs torch alone.
 """
 
 from fixup_core.branches import ResidualBranch, WeightLayer, collect_branches
+from fixup_core.depth import (
+    DepthCheck,
+    assert_depth_stable,
+    branch_weights,
+    depth_check,
+    plot_depth_checks,
+)
 from fixup_core.init import fixup_init_, lsuv_init_, standard_init_
 from fixup_core.param_groups import SCALAR_LR_RATIO, anchored_rate, param_groups
 from fixup_core.report import FixupReport
@@ -18,6 +25,7 @@ from fixup_core.scaling import branch_scale
 
 __all__ = [
     "SCALAR_LR_RATIO",
+    "DepthCheck",
     "FixupReport",
     "ResidualBranch",
     "Scalar",
@@ -26,11 +34,15 @@ __all__ = [
     "WeightLayer",
     "anchor_scalars_",
     "anchored_rate",
+    "assert_depth_stable",
     "branch_scale",
+    "branch_weights",
     "collect_branches",
+    "depth_check",
     "fixup_init_",
     "lsuv_init_",
     "param_groups",
+    "plot_depth_checks",
     "scalars",
     "standard_init_",
 ]

@@ -1,4 +1,4 @@
-"""Narrow ResNets for the depth check: ``python -m fixup_core check cifar``.
+"""ResNets on small images for the depth check: ``python -m fixup_core check cifar``.
 
 Each function returns what ``fixup_core.depth_check`` takes. A depth is a number of residual
 branches, a multiple of three: the blocks are shared out over three stages.
@@ -16,7 +16,7 @@ from vision.nets.methods import METHODS, Network, choose, initialise_
 from vision.nets.resnet import ResNet
 
 DEPTHS = (3, 6, 12, 24, 48, 96)
-WIDTHS = (4, 8, 16)
+WIDTHS = (16, 32, 64)
 BATCH, SIZE, CLASSES = 16, 8, 10
 
 

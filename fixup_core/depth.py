@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from fixup_core.line_fit import Slope, fit_slope
 from fixup_core.scalars import scalars
 
 DEPTHS = (4, 8, 16, 32, 64, 128)
-SEEDS = 5
+SEEDS = 10
 TOLERANCE = 0.2
-"""Of the slope: over ``DEPTHS``, which span a factor of 32, the size may at most double or halve."""
+"""Of the slope: over ``DEPTHS``, a span of 32, the size may at most double or halve."""
 
 Moved = str | Callable[[nn.Module], Iterable[nn.Parameter]]
 
@@ -41,17 +42,20 @@ class DepthCheck:
         sizes: For each depth, one number a seed: the root mean square change of the outputs,
             divided by the step size.
         tolerance: How far from 0 a flat slope may be.
-        slope: Of the logarithm of the size over the logarithm of L, and its 95 % interval.
     """
 
     depths: tuple[int, ...]
     num_branches: tuple[int, ...]
     sizes: tuple[tuple[float, ...], ...]
     tolerance: float = TOLERANCE
-    slope: Slope = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "slope", _slope(self.num_branches, self.sizes))
+    @cached_property
+    def slope(self) -> Slope:
+        """Of the logarithm of the size over the logarithm of L, and its 95 % interval."""
+        if not all(math.isfinite(size) for found in self.sizes for size in found):
+            return Slope(math.inf, math.inf, math.inf)
+        pairs = zip(self.num_branches, self.sizes, strict=True)
+        return fit_slope([(math.log(L), math.log(size)) for L, found in pairs for size in found])
 
     @property
     def verdict(self) -> str:
@@ -83,9 +87,7 @@ class DepthCheck:
     def __str__(self) -> str:
         """A table, a line for each depth, and the verdict."""
         cells = [("depth", "branches", "change", "spread over seeds")]
-        for depth, branches, sizes in zip(
-            self.depths, self.num_branches, self.sizes, strict=True
-        ):
+        for depth, branches, sizes in zip(self.depths, self.num_branches, self.sizes, strict=True):
             mean = _mean(sizes)
             spread = math.sqrt(_mean([(size - mean) ** 2 for size in sizes]))
             cells.append((str(depth), str(branches), f"{mean:.4g}", f"{spread:.2g}"))
@@ -168,16 +170,20 @@ def depth_check(
 
     Raises:
         UserError: A network that declares no branch while ``moved`` is not given, fewer than
-            three depths, a head that is not there, or a step that changes nothing.
+            three depths, a head that is not there, or a step that changes nothing, as with a
+            multiplier at 0 behind every branch.
     """
     if moved not in MOVED and not callable(moved):
         raise UserError(f"moved is {moved!r}: take {', '.join(MOVED)}, or a function of the net")
+    if seeds < 1 or min(depths, default=0) < 1 or len(set(depths)) < 3:
+        raise UserError("a depth check takes three different depths or more, each at least 1")
     step = _Step(
         batch=_converted(batch, dtype),
         choose=moved if callable(moved) else MOVED[moved],
         optimizer=optimizer,
         eta=eta or math.sqrt(torch.finfo(dtype).eps),
         loss=loss,
+        head=head,
     )
     counts, sizes = [], []
     for depth in depths:
@@ -186,16 +192,12 @@ def depth_check(
             with torch.random.fork_rng(range(torch.cuda.device_count())):
                 torch.manual_seed(seed)
                 net = make_net(depth).to(dtype)
-                draw_zero_heads_(_heads(net, head))
                 found.append(step.size(net, seed))
-        if not all(found):
-            raise UserError(
-                f"one step changes nothing at depth {depth}: what moves does not reach the "
-                "outputs. Is the last layer 0? Name it in head="
-            )
         counts.append(len(collect_branches(net)) or depth)
         sizes.append(tuple(found))
         progress(f"depth {depth}: L = {counts[-1]}, change {_mean(found):.4g}")
+    if len(set(counts)) < 3:
+        raise UserError(f"the networks have {counts} branches: make_net takes no heed of the depth")
     return DepthCheck(tuple(depths), tuple(counts), tuple(sizes), tolerance)
 
 
@@ -256,12 +258,14 @@ class _Step:
     optimizer: Callable[..., torch.optim.Optimizer]
     eta: float
     loss: Callable[[Any, Any], Tensor]
+    head: str | None
 
     def size(self, net: nn.Module, seed: int) -> float:
         """Root mean square change of the outputs over eta."""
         moved = [p for p in self.choose(net) if p.requires_grad]
         if not moved:
             raise UserError("moved= names no parameter that can take a step")
+        draw_zero_heads_(_heads(net, self.head))
         before = self._outputs(net, seed)
         gradients = torch.autograd.grad(
             self.loss(before, self.batch[1]), moved, allow_unused=True, materialize_grads=True
@@ -271,7 +275,14 @@ class _Step:
         self.optimizer(moved, lr=self.eta).step()
         with torch.no_grad():
             change = self._outputs(net, seed) - before
-        return (change / self.eta).square().mean().sqrt().item()
+        size = (change / self.eta).square().mean().sqrt().item()
+        if size == 0:
+            raise UserError(
+                "the step changes nothing: something at 0 stands between the outputs and what "
+                "moves. If it is the last layer, name it in head=; if it is a multiplier or gain "
+                "behind each branch, move that too (moved=)"
+            )
+        return size
 
     def _outputs(self, net: nn.Module, seed: int) -> Tensor:
         inputs = self.batch[0]
@@ -290,7 +301,7 @@ def _heads(net: nn.Module, name: str | None) -> list[nn.Module]:
             return [net.get_submodule(name)]
         except AttributeError as error:
             raise UserError(f"{type(net).__name__} has no layer {name!r}: check head=") from error
-    linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    linear: list[nn.Module] = [module for module in net.modules() if isinstance(module, nn.Linear)]
     return collect_classifiers(net) or linear[-1:]
 
 
@@ -301,15 +312,6 @@ def _converted(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Mapping):
         return {key: _converted(item, dtype) for key, item in value.items()}
     return tuple(_converted(item, dtype) for item in value) if isinstance(value, tuple) else value
-
-
-def _slope(num_branches: Sequence[int], sizes: Sequence[Sequence[float]]) -> Slope:
-    if len(set(num_branches)) < 3:
-        raise UserError("a depth check needs three depths or more, each of another depth")
-    if not all(math.isfinite(size) for found in sizes for size in found):
-        return Slope(math.inf, math.inf, math.inf)
-    pairs = zip(num_branches, sizes, strict=True)
-    return fit_slope([(math.log(L), math.log(size)) for L, found in pairs for size in found])
 
 
 def _mean(sizes: Sequence[float]) -> float:

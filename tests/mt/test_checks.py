@@ -1,0 +1,50 @@
+"""Transformers under the depth check: what is flat, what is not, and by how much.
+
+An attention branch is ``out(softmax(q k) v)``: with ``out`` at 0 one step of SGD changes its output
+by the square of v's factor. Counted as m = 4 that is L^(-1/3) a branch, and L^(2/3) in the sum.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from fixup_core import assert_depth_stable, branch_weights, depth_check
+from fixup_core.errors import UserError
+from fixup_mt.checks import transformer
+
+
+def _check(rule: str, ending: str = ""):
+    options = transformer(rule) | {"depths": (1, 4, 16), "seeds": 8}
+    return depth_check(**options, moved=partial(branch_weights, ending=ending))
+
+
+def test_feed_forward_branches_are_flat() -> None:
+    assert _check("fixup", "ffn").verdict == "flat"
+    assert _check("no_factor", "ffn").slope.value == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("ending", ["self_attn", "encoder_attn"])
+def test_attention_counted_as_four_layers_grows(ending: str) -> None:
+    check = _check("fixup", ending)
+    assert check.verdict == "growing"
+    assert check.slope.low - 0.05 < 2 / 3 < check.slope.high + 0.1
+
+
+def test_attention_counted_as_two_layers_is_flat() -> None:
+    assert_depth_stable(**transformer("attention_as_two") | {"depths": (1, 4, 16)})
+    assert _check("attention_as_two", "encoder_attn").verdict == "flat"
+
+
+def test_cross_attention_scaled_for_twelve_branches_grows_faster() -> None:
+    """A factor that does not know the depth is no factor: the slope is 1."""
+    theirs, ours = _check("authors", "encoder_attn"), _check("fixup", "encoder_attn")
+    assert theirs.slope.value == pytest.approx(1, abs=0.1)
+    assert theirs.slope.low > ours.slope.high
+    assert _check("authors", "self_attn") == _check("fixup", "self_attn")
+
+
+def test_an_unknown_rule() -> None:
+    with pytest.raises(UserError, match="choose one of fixup, authors"):
+        transformer("fixpu")
