@@ -11,14 +11,26 @@ import pytest
 
 from fixup_core.__main__ import main
 from fixup_core.scaling import branch_scale, unit_scale
-from tests.core.test_depth import FAST, maker
+from tests.core.test_depth import FAST, DeepNet, inverse, maker, one_layer_more, squared
 
 HERE = "tests.core.test_check"
-RULES = {"fixup": branch_scale, "no_factor": unit_scale}
+RULES = {
+    "fixup": branch_scale,
+    "no_factor": unit_scale,
+    "inverse": inverse,
+    "one_layer_more": one_layer_more,
+    "squared": squared,
+}
 
 
 def net(rule: str = "fixup") -> dict:
+    """Branches of m = 2."""
     return {"make_net": maker(rule=RULES[rule]), **FAST}
+
+
+def deep_net(rule: str = "fixup") -> dict:
+    """Branches of m = 3."""
+    return {"make_net": maker(DeepNet, RULES[rule]), **FAST}
 
 
 def without_rules() -> dict:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import torch
 
 from fixup_core import assert_depth_stable, branch_weights, depth_check
 from fixup_core.errors import UserError
 from fixup_mt.checks import transformer
+from fixup_mt.layers import FixupAttention
 
 
 def _check(rule: str, ending: str = ""):
@@ -48,3 +50,13 @@ def test_cross_attention_scaled_for_twelve_branches_grows_faster() -> None:
 def test_an_unknown_rule() -> None:
     with pytest.raises(UserError, match="choose one of fixup, authors"):
         transformer("fixpu")
+
+
+def test_attention_in_double_precision_is_computed_in_it() -> None:
+    torch.manual_seed(0)
+    attention = FixupAttention(8, 2, self_attention=True).double()
+    x = torch.randn(5, 3, 8, dtype=torch.float64)
+    fused, _ = attention(x, x, x, need_weights=False)
+    by_weights, _ = attention(x, x, x, need_weights=True)
+    torch.testing.assert_close(fused, by_weights, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(fused, fused.float().double())
