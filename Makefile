@@ -46,6 +46,7 @@ bench: setup
 	$(BIN)/python benchmarks/vision_step.py
 	$(BIN)/python benchmarks/mt_step.py
 	$(BIN)/python benchmarks/mt_generate.py
+	$(BIN)/python benchmarks/growth.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -70,6 +72,31 @@ def write(args: argparse.Namespace, results: Mapping[str, Any]) -> None:
         everything = {"settings": settings, "machine": machine(), **results}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(everything, indent=2) + "\n")
+
+
+def in_own_process(script: str, *options: object) -> Any:
+    """What ``script`` prints as JSON in a process of its own, where memory is given back at once,
+    so that peaks are those of the step and not of the allocator.
+    """
+    env = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}
+    line = [sys.executable, script, *map(str, options)]
+    run = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True, env=env)
+    return json.loads(run.stdout)
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Bytes that a step takes at its peak, above what is held before."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {field}: peaks are measured on Linux alone")
 
 
 def machine() -> dict[str, Any]:

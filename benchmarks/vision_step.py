@@ -19,15 +19,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import add_arguments, compare, show, write
+from side_by_side import add_arguments, compare, in_own_process, peak_bytes, show, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -158,11 +154,7 @@ def _kept(net: nn.Module, images: Tensor, contestant: str, precision: str) -> in
 
 
 def _peak_elsewhere(name: str, contestant: str, precision: str, threads: int) -> int:
-    line = [sys.executable, __file__, "--threads", str(threads)]
-    line += ["--peak", name, contestant, precision]
-    env = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}
-    run = subprocess.run(line, check=True, capture_output=True, text=True, env=env)
-    return json.loads(run.stdout)
+    return in_own_process(__file__, "--threads", threads, "--peak", name, contestant, precision)
 
 
 def _peak(name: str, contestant: str, precision: str) -> int:
@@ -170,17 +162,7 @@ def _peak(name: str, contestant: str, precision: str) -> int:
     net = _net(name, METHODS[contestant])
     _training(net, *_batch(name, 2), contestant, precision)()
     images, labels = _batch(name)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    _training(net, images, labels, contestant, precision)()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {field}: peaks are measured on Linux alone")
+    return peak_bytes(_training(net, images, labels, contestant, precision))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from fixup_mt import corpus
 from fixup_mt.demo_report import TRANSLATIONS, Result, read_result, write_report
 from fixup_mt.errors import UserError
-from fixup_mt.jobs import Job, run_jobs
+from fixup_mt.jobs import Job, cores, run_jobs
 
 PLUGIN = Path(__file__).resolve().parent
 # The sizes of both models, as fairseq's flags say them.
@@ -63,11 +62,10 @@ CONTENDERS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--output", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
     add("--seed", type=int, default=1, help="of the corpus and of both models")
     add("--max-update", type=int, default=UPDATES, metavar="N", help="updates of either model")
-    add("--threads", type=int, default=min(cores or 1, 8), metavar="N", help="CPU threads in all")
+    add("--threads", type=int, default=min(cores(), 8), metavar="N", help="CPU threads in all")
     add("--train-pairs", type=int, default=corpus.TRAIN, metavar="N", help="training sentences")
     add("--test-pairs", type=int, default=corpus.TEST, metavar="N", help="test (and valid) ones")
 

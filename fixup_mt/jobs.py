@@ -32,6 +32,13 @@ STARTED = "== started: "
 BAR = "{desc:20} {n_fmt}/{total_fmt} {unit}{postfix} |{bar}| {elapsed}<{remaining}"
 
 
+def cores() -> int:
+    """Those this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Job:
     """One command: a Python module and its arguments.

@@ -10,8 +10,9 @@ bias before a branch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from fairseq.modules import MultiheadAttention
@@ -25,13 +26,15 @@ from torch.nn import functional as F
 
 from fixup_core import ResidualBranch, ScalarBias, ScalarMultiplier, WeightLayer
 from fixup_core.standards import PACKED_XAVIER_UNIFORM
+from fixup_mt.beams import apart, appended, group_mark, is_identity, sentence_order, together
 
 AUTHORS_CROSS_ATTENTION_BRANCHES = 12
 """The default their code falls back to for cross-attention, whatever the depth."""
 
 
 # The scalars ride in weights and bias vectors where a pass over a weight is shorter than one over
-# the activations: in training, but not when generating a word at a time.
+# the activations: in training, but not when generating a word at a time. fairseq tells its models
+# before it generates (``make_generation_fast_``): from then on the products are kept.
 
 
 class LinearBias(nn.Linear):
@@ -55,11 +58,20 @@ class LinearMultiplier(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.multiplier = ScalarMultiplier()
+        keep_for_generation(self, "kept_weight", "kept_bias")
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.kept_weight is not None:
+            return F.linear(input, self.kept_weight)
         if input.numel() < self.weight.numel():
             return self.multiplier(F.linear(input, self.weight))
         return F.linear(input, self.weight * self.multiplier.value())
+
+    @torch.jit.unused
+    def make_generation_fast_(self, **options: Any) -> None:
+        """The weights change no more: multiply them once."""
+        with torch.no_grad():
+            self.kept_weight = self.weight * self.multiplier.value()
 
 
 class BiasLinearMultiplier(LinearMultiplier):
@@ -70,11 +82,34 @@ class BiasLinearMultiplier(LinearMultiplier):
         self.before = ScalarBias()
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.kept_weight is not None:
+            return F.linear(input, self.kept_weight, self.kept_bias)
         if input.numel() < self.weight.numel():
             return self.multiplier(F.linear(self.before(input), self.weight))
         weight = self.weight * self.multiplier.value()
         bias = weight.sum(dim=1) * self.before.value()
         return F.linear(input, weight, bias)
+
+    @torch.jit.unused
+    def make_generation_fast_(self, **options: Any) -> None:
+        super().make_generation_fast_()
+        with torch.no_grad():
+            self.kept_bias = self.kept_weight.sum(dim=1) * self.before.value()
+
+
+def keep_for_generation(module: nn.Module, *names: str) -> None:
+    """Give ``module`` empty buffers for what it computes once before generating.
+
+    They are not part of its state dict, and are emptied when another one is loaded.
+    """
+    for name in names:
+        module.register_buffer(name, None, persistent=False)
+    module.register_load_state_dict_post_hook(functools.partial(_empty, names))
+
+
+def _empty(names: Tuple[str, ...], module: nn.Module, incompatible_keys: Any) -> None:
+    for name in names:
+        setattr(module, name, None)
 
 
 class FixupAttention(MultiheadAttention):
@@ -83,6 +118,9 @@ class FixupAttention(MultiheadAttention):
     Every path calls the projections as modules (fairseq's own self-attention reads their weights
     past the modules when training but not when generating), and goes through
     ``scaled_dot_product_attention`` unless the attention weights are asked for.
+
+    Keys and values may have fewer rows than the queries: then rows ``i * G`` to ``i * G + G - 1``
+    of the queries, the hypotheses of one sentence, share row ``i`` (``fixup_mt.beams``).
     """
 
     def __init__(self, embed_dim: int, num_heads: int, **options: Any) -> None:
@@ -92,6 +130,7 @@ class FixupAttention(MultiheadAttention):
             options.get("q_noise", 0.0),
             options.get("qn_block_size", 8),
         )
+        keep_for_generation(self, "kept_packed")
 
     def branch(self, name: str, assumed_num_branches: Optional[int] = None) -> ResidualBranch:
         """M = 4: q, k, v and the output projection."""
@@ -116,7 +155,8 @@ class FixupAttention(MultiheadAttention):
 
         Args:
             query: [T, B, D].
-            key: [S, B, D]; may be ``None`` when ``static_kv`` and the keys are cached.
+            key: [S, B, D], or [S, B / G, D] where G hypotheses share a sentence; may be ``None``
+                when ``static_kv`` and the keys are cached.
             value: As ``key``.
             key_padding_mask: [B, S], true at padding.
             incremental_state: Caches of step-by-step decoding.
@@ -130,7 +170,10 @@ class FixupAttention(MultiheadAttention):
             The output [T, B, D], and the weights or ``None``.
         """
         assert not before_softmax, "before_softmax is not supported"
-        q = self._split_heads(self.q_proj(query))
+        projected: Optional[List[Tensor]] = None
+        if not torch.jit.is_scripting():
+            projected = self._packed(query, key, value)
+        q = self._split_heads(self.q_proj(query) if projected is None else projected[0])
         cache = self._get_input_buffer(incremental_state)
         prev_k: Optional[Tensor] = None
         prev_v: Optional[Tensor] = None
@@ -142,25 +185,79 @@ class FixupAttention(MultiheadAttention):
             k, v, padding = prev_k, prev_v, prev_padding
         else:
             assert key is not None and value is not None
-            k = self._split_heads(self.k_proj(key))
-            v = self._split_heads(self.v_proj(value))
+            k = self._split_heads(self.k_proj(key) if projected is None else projected[1])
+            v = self._split_heads(self.v_proj(value) if projected is None else projected[2])
             padding = key_padding_mask
             if prev_k is not None and prev_v is not None:
+                order = cache["order"]
                 padding = _joined_padding(prev_padding, padding, prev_k, k)
-                k, v = torch.cat([prev_k, k], dim=2), torch.cat([prev_v, v], dim=2)
+                k, v = appended(prev_k, order, k), appended(prev_v, order, v)
         if incremental_state is not None:
             cache["prev_key"], cache["prev_value"] = k, v
             cache["prev_key_padding_mask"] = padding
+            cache["order"], cache["group"] = None, group_mark(q.size(0) // k.size(0))
             self._set_input_buffer(incremental_state, cache)
         mask = self._mask(attn_mask, padding, q)
         weights: Optional[Tensor] = None
+        rows = q.size(0)
+        q = together(q, k.size(0))
         if need_weights or need_head_weights:
             out, weights = self._attend_and_weigh(q, k, v, mask)
+            weights = apart(weights, rows)
             weights = weights.transpose(0, 1) if need_head_weights else weights.mean(dim=1)
         else:
             out = self._attend(q, k, v, mask)
-        joined = out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
-        return self.out_proj(joined), weights
+        joined = apart(out, rows).permute(2, 0, 1, 3)
+        return self.out_proj(joined.reshape(query.size(0), query.size(1), -1)), weights
+
+    @torch.jit.export
+    def reorder_incremental_state(
+        self,
+        incremental_state: Dict[str, Dict[str, Optional[Tensor]]],
+        new_order: Tensor,
+    ) -> Optional[Dict[str, Dict[str, Optional[Tensor]]]]:
+        """Let hypothesis ``i`` go on from what hypothesis ``new_order[i]`` has cached.
+
+        The keys and values of a sentence stay where they are while its hypotheses only change
+        places among themselves; those of the hypotheses are moved when the next ones are appended.
+        """
+        cache = self._get_input_buffer(incremental_state)
+        if "prev_key" in cache:
+            if self.encoder_decoder_attention:
+                _reorder_sentences(cache, new_order)
+            else:
+                before = cache["order"]
+                cache["order"] = new_order if before is None else before[new_order]
+                _select(cache, "prev_key_padding_mask", new_order)
+            self._set_input_buffer(incremental_state, cache)
+        return incremental_state
+
+    def _packed(
+        self, query: Tensor, key: Optional[Tensor], value: Optional[Tensor]
+    ) -> Optional[List[Tensor]]:
+        """Queries, keys and values by one product, where all come from the same tensor and nobody
+        looks at, or has replaced, a projection.
+        """
+        if not self._packs(query, key, value):
+            return None
+        weight = self._packed_weight() if self.kept_packed is None else self.kept_packed
+        return list(F.linear(query, weight).chunk(3, dim=-1))
+
+    def _packs(self, query: Tensor, key: Optional[Tensor], value: Optional[Tensor]) -> bool:
+        if key is not query or value is not query or query.size(2) != self.embed_dim:
+            return False
+        plain = all(_plain_linear(p) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return plain and (self.kept_packed is not None or query.numel() >= self.embed_dim**2)
+
+    def _packed_weight(self) -> Tensor:
+        return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+
+    @torch.jit.unused
+    def make_generation_fast_(self, **options: Any) -> None:
+        """The weights change no more: pack those of self-attention once."""
+        if self.self_attention:
+            with torch.no_grad():
+                self.kept_packed = self._packed_weight()
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """[T, B, D] -> [B, H, T, C]."""
@@ -282,8 +379,28 @@ class FixupDecoderLayer(TransformerDecoderLayerBase):
         )
 
 
+def _plain_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+
+
 def _ffn_branch(layer: Any) -> ResidualBranch:
     return ResidualBranch("ffn", (WeightLayer(layer.fc1), WeightLayer(layer.fc2)))
+
+
+def _reorder_sentences(cache: Dict[str, Optional[Tensor]], order: Tensor) -> None:
+    key, mark = cache["prev_key"], cache["group"]
+    assert key is not None and mark is not None
+    sentences, group = sentence_order(order, mark.size(0), key.size(0))
+    if not is_identity(sentences, key.size(0)):
+        for name in ("prev_key", "prev_value", "prev_key_padding_mask"):
+            _select(cache, name, sentences)
+    cache["group"] = group_mark(group)
+
+
+def _select(cache: Dict[str, Optional[Tensor]], name: str, order: Tensor) -> None:
+    rows = cache[name]
+    if rows is not None:
+        cache[name] = rows.index_select(0, order)
 
 
 def _joined_padding(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fixup_core import ScalarBias, ScalarMultiplier
+from fixup_mt.beams import reorder_encoder_out
 from fixup_mt.layers import FixupDecoderLayer, FixupEncoderLayer
 from fixup_mt.vocabulary import VocabularyDigest
 
@@ -51,6 +52,7 @@ class FixupEncoder(TransformerEncoderBase):
         self.layer_norm = nn.Sequential(ScalarBias(), ScalarMultiplier())
         self.vocabulary = VocabularyDigest(dictionary, "source")
         self.autocast = DTYPES[str(cfg.fixup_autocast)]
+        self.compiles = bool(cfg.fixup_compile)
 
     def upgrade_state_dict_named(self, state_dict: dict, name: str) -> dict:
         """Nothing to do: there are no old checkpoints. fairseq's takes a state dict without a
@@ -58,8 +60,29 @@ class FixupEncoder(TransformerEncoderBase):
         """
         return state_dict
 
+    @torch.jit.unused
+    def train(self, mode: bool = True) -> nn.Module:
+        """As any module's; with ``--fixup-compile`` layers are compiled, one by one, to train.
+
+        Evaluation is eager: step-by-step decoding has other shapes at every step.
+        """
+        super().train(mode)
+        if self.compiles:
+            compile_layers_(self.layers, mode)
+        return self
+
     def build_encoder_layer(self, cfg: Any) -> nn.Module:
         return _wrap(FixupEncoderLayer(cfg, return_fc=self.return_fc), cfg)
+
+    @torch.jit.export
+    def reorder_encoder_out(
+        self, encoder_out: Dict[str, List[Tensor]], new_order: Tensor
+    ) -> Dict[str, List[Tensor]]:
+        """One row for each element of ``new_order``, or for each sentence where its hypotheses
+        stand side by side: in place of a copy of the sentence for each of them, ``"group"`` says
+        how many share it. Differs: fairseq copies everything, anew for every piece.
+        """
+        return reorder_encoder_out(encoder_out, new_order)
 
     def forward(
         self,
@@ -90,8 +113,17 @@ class FixupDecoder(TransformerDecoderBase):
         self.layer_norm = ScalarBias()
         self.vocabulary = VocabularyDigest(dictionary, "target")
         self.autocast = DTYPES[str(cfg.fixup_autocast)]
+        self.compiles = bool(cfg.fixup_compile)
 
     upgrade_state_dict_named = FixupEncoder.upgrade_state_dict_named
+
+    @torch.jit.unused
+    def train(self, mode: bool = True) -> nn.Module:
+        """As the encoder's."""
+        super().train(mode)
+        if self.compiles:
+            compile_layers_(self.layers, mode)
+        return self
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
         return _wrap(FixupDecoderLayer(cfg, no_encoder_attn), cfg)
@@ -149,6 +181,14 @@ class FixupDecoder(TransformerDecoderBase):
                 )
                 x = x if features_only else self.output_layer(x)
             return x if self.autocast is None else x.float(), extra
+
+
+def compile_layers_(layers: nn.Module, training: bool) -> None:
+    """Compile each layer for training, for any lengths; or go back to the eager form."""
+    for layer in layers.children():
+        layer._compiled_call_impl = None
+        if training:
+            layer.compile(dynamic=True)
 
 
 def precision(dtype: Optional[torch.dtype], tokens: Tensor) -> Any:

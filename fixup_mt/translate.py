@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fixup_mt.errors import UserError
 from fixup_mt.export import SENTENCEPIECE
+from fixup_mt.jobs import cores
 
 LINES = 1024
 """Read at a time, and sorted by length for the engine."""
@@ -32,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--beam", type=int, default=5, metavar="N", help="default: %(default)s")
     add("--lenpen", type=float, default=1.0, metavar="X", help="length penalty; default: 1")
     add("--max-length", type=int, default=256, metavar="N", help="pieces; default: %(default)s")
-    add("--batch-tokens", type=int, default=2048, metavar="N", help="default: %(default)s")
+    add("--batch-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
     add("--compute-type", default="default", help="float32, int8, ...; default: as exported")
     add("--device", default="cpu", choices=("cpu", "cuda", "auto"), help="default: %(default)s")
-    add("--threads", type=int, default=0, metavar="N", help="of the CPU (default: the engine's)")
+    add("--threads", type=int, default=0, metavar="N", help="of the CPU (default: one for a core)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -77,10 +78,18 @@ def load(args: argparse.Namespace) -> Any:
             str(args.model),
             device=args.device,
             compute_type=args.compute_type,
-            intra_threads=args.threads,
+            # A batch for each thread is faster than all threads for a batch.
+            inter_threads=_threads(args),
+            intra_threads=1,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"CTranslate2 cannot load {args.model}: {error}") from error
+
+
+def _threads(args: argparse.Namespace) -> int:
+    if args.device != "cpu":
+        return 1
+    return args.threads or cores()
 
 
 class Pieces:

@@ -18,6 +18,8 @@ from fixup_mt.layers import BiasLinearMultiplier, LinearBias, LinearMultiplier
 from fixup_mt.presets import LANGUAGE_MODELS, TRANSLATION
 from tests.mt.helpers import WORDS, batch, build, build_lm, dictionary, task, trained
 
+DYNAMOS_OWN = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+
 
 def _no_dropout(**options):
     return {"dropout": 0.0, **options}
@@ -441,3 +443,34 @@ def test_scalars_may_ride_in_weights_and_biases(kind: type[nn.Linear]) -> None:
     parameters = [rows, *layer.parameters()]
     grads = [torch.autograd.grad(out, parameters, weights) for out in (whole, single)]
     torch.testing.assert_close(*grads)
+
+
+@DYNAMOS_OWN
+def test_layers_are_compiled_to_train_and_eager_to_evaluate(monkeypatch) -> None:
+    """By any backend; the step is the eager one's."""
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda *a, **k: compiled(*a, backend="eager", **k))
+    gradients = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model = trained(build(**_no_dropout(fixup_compile=compiles))).train()
+        layers = [*model.encoder.layers, *model.decoder.layers]
+        assert {layer._compiled_call_impl is not None for layer in layers} == {compiles}
+        for length in (7, 11):
+            model(**batch(source=length))[0].square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        model.eval()
+        assert all(layer._compiled_call_impl is None for layer in layers)
+    for eager, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(eager, other)
+
+
+@pytest.mark.slow
+@DYNAMOS_OWN
+def test_layers_compile_with_the_real_compiler() -> None:
+    outputs = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model = trained(build(**_no_dropout(fixup_compile=compiles))).train()
+        outputs.append(model(**batch())[0])
+    torch.testing.assert_close(*outputs)

@@ -41,7 +41,19 @@ def test_the_vision_benchmark_times_every_contestant(tmp_path: Path) -> None:
         assert all(value > 0 for value in row["peak"].values())
 
 
+def test_the_growth_benchmark_sees_what_checkpointing_saves(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    flags = ["--depths", "20", "56", "--images", "4", "--rounds", "1", "--threads", "1"]
+    _start("benchmarks/growth.py", [*flags, "--json", str(result)])
+    found = json.loads(result.read_text())
+    assert found["growth"]["checkpointing"]["peak"] < found["growth"]["all kept"]["peak"]
+    assert found["build_seconds"] > 0
+
+
 def _run(script: str, options: dict[str, object]) -> None:
-    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    _start(script, [str(part) for name, value in options.items() for part in (f"--{name}", value)])
+
+
+def _start(script: str, flags: list[str]) -> None:
     here = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, script, *flags], cwd=ROOT, env=here, check=True)
