@@ -23,12 +23,12 @@ from fixup_core.probing import Inputs, first_tensor, loss_of, modules_named, wit
 Loss = Callable[..., Tensor]
 
 QUANTITIES = {
-    "gradient_rms": "gradient of the activations, root mean square",
-    "gradient_norm": "gradient of the activations, norm",
-    "activation_rms": "activations, root mean square",
-    "weight_gradient_norm": "gradient of the weights, norm",
+    "gradient_rms": ("Gradient of the activations", "root mean square"),
+    "gradient_norm": ("Gradient of the activations", "norm"),
+    "activation_rms": ("Activations", "root mean square"),
+    "weight_gradient_norm": ("Gradient of the weights", "norm"),
 }
-"""What a layer is measured by, and how it is called along an axis."""
+"""What a layer is measured by: what it is, and how it is taken."""
 
 
 @dataclass(frozen=True)
@@ -145,17 +145,24 @@ def plot_flows(
     Raises:
         UserError: An unknown quantity, or matplotlib is missing.
     """
-    panels = []
-    for quantity in quantities:
-        if quantity not in QUANTITIES:
-            raise UserError(f"there is no {quantity!r}; choose one of {', '.join(QUANTITIES)}")
-        curves = [figures.Curve(n, _points(flow, quantity, relative)) for n, flow in flows.items()]
-        axis = f"{QUANTITIES[quantity]}{', over the last layer' if relative else ''}"
-        title = f"{QUANTITIES[quantity].split(',')[0]} along depth"
-        panels.append(
-            figures.Panel(curves, "layer, from the input", axis, title.capitalize(), log_y=True)
-        )
+    panels = [panel_of(flows, quantity, relative=relative) for quantity in quantities]
     figures.draw(panels, file)
+
+
+def panel_of(
+    flows: Mapping[str, GradientFlow], quantity: str, *, relative: bool = False
+) -> figures.Panel:
+    """One panel of ``plot_flows``, for a figure of one's own.
+
+    Raises:
+        UserError: An unknown quantity.
+    """
+    if quantity not in QUANTITIES:
+        raise UserError(f"there is no {quantity!r}; choose one of {', '.join(QUANTITIES)}")
+    curves = [figures.Curve(n, _points(flow, quantity, relative)) for n, flow in flows.items()]
+    what, how = QUANTITIES[quantity]
+    axis = f"{how}, over the last layer's" if relative else how
+    return figures.Panel(curves, "layer, from the input", axis, what, log_y=True)
 
 
 @dataclass

@@ -89,6 +89,9 @@ FIXUP_FIELDS: dict[str, tuple[Any, Any]] = {
         "none",
         "run the model under torch.autocast in this type; scalars, logits and loss stay float32",
     ),
+    "fixup_log_gradients": _fixup_field(
+        bool, False, "log the gradient norm of every layer, to TensorBoard too"
+    ),
     # Without a help text fairseq adds no option; the name makes it copy the value of --optimizer.
     "optimizer": _fixup_field(str, II("optimizer._name"), None),
 }
