@@ -26,8 +26,8 @@ LARGEST = 64
 """Numbers in a value: the factors are whole Jacobians."""
 
 SYMBOLS = {
-    **{"Add": "+", "Sub": "−", "Mul": "×", "Div": "÷", "Neg": "−", "Pow": "power"},
-    **{"Relu": "ReLU", "Addmm": "matmul", "Mm": "matmul", "T": "transpose"},
+    **{"Add": "+", "Sub": "-", "Mul": "\u00d7", "Div": "/", "Neg": "-", "Pow": "power"},
+    **{"Relu": "ReLU", "Addmm": "matmul", "Mm": "matmul", "Mv": "matmul", "T": "transpose"},
 }
 """How autograd's functions are written in a vertex; others under their own names."""
 
@@ -144,7 +144,9 @@ class BackwardGraph:
         line = [program, f"-T{file.suffix[1:]}", str(text), "-o", str(file)]
         run = subprocess.run(line, capture_output=True, text=True)
         if run.returncode:
-            raise UserError(f"graphviz wrote no {file}: {run.stderr.strip()}; its text is in {text}")
+            raise UserError(
+                f"graphviz wrote no {file}: {run.stderr.strip()}; its text is in {text}"
+            )
 
     def _flow(self, edge: Edge) -> float:
         return (self.vertices[edge.start].gradient @ edge.jacobian).norm().item()

@@ -94,16 +94,16 @@ _he = partial(standard_init_, convolution=HE_NORMAL)
 _xavier = partial(standard_init_, convolution=XAVIER_NORMAL)
 
 VARIANTS: dict[str, Variant] = {
-    "sigmoid": Variant(partial(PlainLayer, activation=nn.Sigmoid), _xavier),
     "tanh": Variant(partial(PlainLayer, activation=nn.Tanh), _xavier),
     "relu": Variant(partial(PlainLayer, activation=nn.ReLU), _he),
     "highway": Variant(HighwayLayer, _he),
-    "residual": Variant(ResidualBlock, _he),
     "batchnorm": Variant(partial(ResidualBlock, norm=True), _he),
     "fixup": Variant(partial(ResidualBlock, scalars=True), fixup_init_),
+    "residual": Variant(ResidualBlock, _he),
+    "sigmoid": Variant(partial(PlainLayer, activation=nn.Sigmoid), _xavier),
 }
-"""Plain chains by their activation, drawn as suits it; gated; residual and drawn as He has it
-without anything, with BatchNorm, and by Fixup."""
+"""Plain chains of tanh, ReLU and sigmoid layers, drawn as suits each; gated layers; residual blocks
+with BatchNorm, by Fixup, and drawn as He has it with nothing else."""
 
 
 def build_chain(

@@ -13,11 +13,14 @@ from fixup_core.errors import UserError
 
 WIDTH, HEIGHT = 6.4, 4.2
 """Of one panel, in inches."""
+DPI = 100
+FEW = 20
+"""Points of a curve that are marked."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line of (x, y) points; those whose y is not finite are left out.
+    """A named line of (x, y) points; it breaks where y is not finite, or has no logarithm.
 
     Attributes:
         name: As the legend has it; "" keeps the line out of it.
@@ -56,7 +59,7 @@ def draw(panels: Sequence[Panel], file: Path) -> None:
     for panel, place in zip(panels, axes[0], strict=True):
         _fill(place, panel)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=DPI)
 
 
 def _figure(**options: Any) -> Any:
@@ -69,12 +72,10 @@ def _figure(**options: Any) -> Any:
 def _fill(axes: Any, panel: Panel) -> None:
     colour = None
     for curve in panel.curves:
-        points = [
-            (x, y) for x, y in curve.points if math.isfinite(y) and (y > 0 or not panel.log_y)
-        ]
+        heights = [y if y > 0 or not panel.log_y else math.nan for _, y in curve.points]
         look: dict[str, Any] = {"ls": "--", "color": colour} if curve.dashed else {}
-        mark = "o" if len(points) <= 20 else ""
-        (line,) = axes.plot(*_columns(points), marker=mark, ms=3.5, label=curve.name, **look)
+        look["marker"] = "o" if len(heights) <= FEW else ""
+        (line,) = axes.plot([x for x, _ in curve.points], heights, ms=3.5, label=curve.name, **look)
         colour = line.get_color()
     if panel.log_x:
         axes.set_xscale("log")
@@ -87,7 +88,3 @@ def _fill(axes: Any, panel: Panel) -> None:
     axes.grid(alpha=0.3)
     if any(curve.name for curve in panel.curves):
         axes.legend(fontsize="small")
-
-
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def gradient_flow(
     found = zip(at, gradients, strict=True)
     norms = {id(p): g.double().norm().item() for p, g in found if g is not None}
     weights = {path: _total(module, norms) for module, path in watched.items()}
-    rows = (replace(r.row, weight_gradient_norm=weights[r.row.path], **r.gradient) for r in records)
+    rows = (replace(r.row, weight_gradient_norm=weights[r.row.path]) for r in records)
     return GradientFlow(tuple(rows), value.item())
 
 
@@ -170,11 +170,11 @@ class _Record:
     """What is known of a call; its gradient comes later."""
 
     row: LayerFlow
-    gradient: dict[str, float] = field(default_factory=dict)
 
     def receive(self, gradient: Tensor) -> None:
         norm = gradient.detach().double().norm().item()
-        self.gradient = {"gradient_norm": norm, "gradient_rms": norm / gradient.numel() ** 0.5}
+        rms = norm / gradient.numel() ** 0.5
+        self.row = replace(self.row, gradient_norm=norm, gradient_rms=rms)
 
 
 @contextmanager

@@ -17,9 +17,7 @@ Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """What a network is called with: one tensor, positional arguments, or named ones."""
 
 
-def outputs_of(
-    net: nn.Module, inputs: Inputs, replaced: Mapping[str, Tensor] | None = None
-) -> Any:
+def outputs_of(net: nn.Module, inputs: Inputs, replaced: Mapping[str, Tensor] | None = None) -> Any:
     """What ``net`` returns, in its present mode.
 
     Buffers (running statistics) are copies and random numbers are drawn from where they stand, so

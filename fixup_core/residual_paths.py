@@ -63,8 +63,8 @@ class PathLength:
 
     @property
     def contribution(self) -> float:
-        """Count times magnitude, as Veit et al. 2016 weigh path lengths: an upper bound of the norm,
-        which paths that cancel each other fall short of.
+        """Count times magnitude, as Veit et al. 2016 weigh path lengths: an upper bound of the
+        norm, which paths that cancel each other fall short of.
         """
         return self.count * self.magnitude
 
@@ -131,7 +131,9 @@ def path_lengths(
     stack = _Stack(net, inputs, targets, blocks, loss)
     lengths = stack.by_length()
     whole = stack.whole()
-    if not torch.allclose(sum(lengths, torch.zeros_like(whole)), whole, rtol=1e-3, atol=_slack(whole)):
+    if not torch.allclose(
+        sum(lengths, torch.zeros_like(whole)), whole, rtol=1e-3, atol=_slack(whole)
+    ):
         raise UserError("gradient goes round the blocks: name blocks that follow each other")
     size, rng, depth = whole.square().sum().item(), random.Random(seed), len(stack.blocks)
     found = []
@@ -259,10 +261,10 @@ def _vjp(output: Tensor, at: Tensor, gradient: Tensor | None) -> Tensor:
 
 def _parts(path: str, total: Tensor, shortcut: Tensor) -> BlockGradient:
     branch = total - shortcut
-    norms = [part.norm().item() for part in (total, shortcut, branch)]
-    product = norms[1] * norms[2]
+    whole, left, right = (part.norm().item() for part in (total, shortcut, branch))
+    product = left * right
     cosine = (branch * shortcut).sum().item() / product if product else 0.0
-    return BlockGradient(path, *norms, cosine)
+    return BlockGradient(path, whole, left, right, cosine)
 
 
 def _check(path: str, x: Tensor, out: Any, known: Collection[str]) -> None:
