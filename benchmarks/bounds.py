@@ -22,10 +22,19 @@ from fixup_core.figures import Curve, Panel, draw
 from fixup_core.homogeneous import homogeneous_sets, is_positively_homogeneous
 from vision.nets import build_net
 
-DEPTHS = (8, 14, 20, 32, 44, 56, 80, 110)
 METHODS = {"none": "He, no normalisation", "fixup": "Fixup"}
 SEEDS = 3
-STEPS, RATE = 60, 0.05
+RATE = 0.05
+
+SHORTCUT, *CONVS = (f"stages.1.0.{n}.weight" for n in ("shortcut.conv", "convs.0", "convs.1"))
+ALONE: dict[str, Any] = {
+    "stem alone": ["stem.conv.weight"],
+    "shortcut alone": [SHORTCUT],
+    "shortcut, conv 0": [SHORTCUT, CONVS[0]],
+    "shortcut, conv 1": [SHORTCUT, CONVS[1]],
+    "shortcut, both": [SHORTCUT, *CONVS],
+}
+"""Weights without the biases that follow: homogeneous, or not, where these are 0."""
 
 Data = tuple[Tensor, Tensor]
 
@@ -33,11 +42,13 @@ Data = tuple[Tensor, Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--file", type=Path, default=Path("docs/bounds.png"), help="the figure")
-    file = parser.parse_args().file
+    parser.add_argument("--depths", type=int, nargs="+", default=(8, 14, 20, 32, 44, 56, 80, 110))
+    parser.add_argument("--steps", type=int, default=60, help="of the training")
+    args = parser.parse_args()
     torch.manual_seed(0)
     data = _digits(64)
     _sets(data)
-    draw([_over_depth(data), _over_blocks(data), _in_training()], file)
+    draw([_over_depth(args.depths, data), _over_blocks(data), _in_training(args.steps)], args.file)
 
 
 def _digits(count: int) -> Data:
@@ -60,7 +71,7 @@ def _sets(data: Data) -> None:
             for parameter in net.parameters() if method == "fixup" else ():
                 parameter.add_(0.05 * torch.randn_like(parameter))  # as after some training
         print(f"\ncifar_resnet20, {method}, shortcut B: set, deviation, both sides of the identity")
-        sets: dict[str, Any] = {**homogeneous_sets(net, images), "conv alone": ["stem.conv.weight"]}
+        sets: dict[str, Any] = homogeneous_sets(net, images) | ALONE
         for name, parameters in sets.items():
             finding = is_positively_homogeneous(net, parameters, images)
             sides = euler_identity(net, parameters, images, labels)
@@ -68,12 +79,12 @@ def _sets(data: Data) -> None:
             print(f"  {name:20} {len(parameters):3} parameters {numbers}")
 
 
-def _over_depth(data: Data) -> Panel:
+def _over_depth(depths: list[int], data: Data) -> Panel:
     curves = []
     print("\ndepth  method  set          gradient      bound   expected   loss   entropy")
     for method, title in METHODS.items():
         measured, bounds = [], []
-        for depth in DEPTHS:
+        for depth in depths:
             tables = [gradient_bounds(_net(depth, method), *data) for _ in range(SEEDS)]
             _tell(depth, method, tables)
             measured.append((depth, _mean(tables, "classifier", "measured")))
@@ -82,7 +93,7 @@ def _over_depth(data: Data) -> Panel:
         if any(bound > 0 for _, bound in bounds):
             curves.append(Curve(f"{title}: bound", bounds, dashed=True))
     title = "Classifier at initialisation (Fixup's bound: 0)"
-    return Panel(curves, "layers", "norm", title, log_x=True, log_y=True, ticks=(8, 20, 56, 110))
+    return Panel(curves, "layers", "norm", title, log_x=True, log_y=True, ticks=tuple(depths))
 
 
 def _tell(depth: int, method: str, tables: list[BoundTable]) -> None:
@@ -117,7 +128,7 @@ def _over_blocks(data: Data) -> Panel:
     )
 
 
-def _in_training() -> Panel:
+def _in_training(steps: int) -> Panel:
     """Of batches as they come; the first layer's set has all biases in it."""
     images, labels = _digits(1024)
     curves = []
@@ -125,7 +136,7 @@ def _in_training() -> Panel:
     for method, title in METHODS.items():
         net, found = _net(20, method), []
         optimizer = torch.optim.SGD(param_groups(net, lr=RATE), momentum=0.9)
-        for step in range(STEPS + 1):
+        for step in range(steps + 1):
             batch = torch.arange(64 * step, 64 * (step + 1)) % len(labels)
             found.append(gradient_bounds(net, images[batch], labels[batch]))
             if step % 20 == 0:

@@ -77,9 +77,10 @@ class GradientFlow:
     @property
     def decay(self) -> float:
         """The first layer's gradient over the last one's: far below 1 it has vanished, far above 1
-        it has exploded on its way down.
+        it has exploded on its way down; NaN where the last one is 0, as Fixup's is at first.
         """
-        return self.rows[0].gradient_rms / self.rows[-1].gradient_rms
+        last = self.rows[-1].gradient_rms
+        return self.rows[0].gradient_rms / last if last else math.nan
 
     def plot(self, file: Path, quantity: str = "gradient_rms") -> None:
         """Draw it alone; see ``plot_flows``."""

@@ -108,6 +108,8 @@ def test_a_sigmoid_chain_shrinks_the_gradient_and_a_shortcut_keeps_it() -> None:
     for name in ("relu", "tanh", "batchnorm", "highway"):
         assert 1e-2 < decay[name] < 1e2, name
     assert all(math.isfinite(row.weight_gradient_norm) for row in flows["tanh"])
+    silent = gradient_flow(build_chain("fixup", depth=2).double(), *_batch(), layers=_links(2))
+    assert math.isnan(silent.decay), "no gradient comes through a classifier of zeros"
 
 
 def test_frozen_and_unused_layers_have_no_gradient_of_weights() -> None:

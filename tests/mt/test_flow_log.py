@@ -10,9 +10,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fixup_core.gradient_flow import gradient_flow
 from fixup_mt.flow_log import layer_gradient_norms
 from tests.conftest import fairseq, train_flags
-from tests.mt.helpers import build, build_lm
+from tests.mt.helpers import batch, build, build_lm, trained
 
 TINY = ("--max-epoch", "1", "--max-update", "3", "--no-save", "--clip-norm", "0.01")
 
@@ -40,6 +41,19 @@ def test_a_language_model_has_a_decoder_alone() -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     assert not any(name.startswith("encoder") for name in layer_gradient_norms(model))
+
+
+def test_the_flow_through_a_transformer_is_measured_layer_by_layer() -> None:
+    """Named inputs, layers that return tuples."""
+    model = trained(build())
+    layers = [*model.encoder.layers, *model.decoder.layers]
+    flow = gradient_flow(model, batch(), loss=lambda out: out[0].square().mean(), layers=layers)
+    paths = [f"{side}.layers.{i}" for side in ("encoder", "decoder") for i in range(2)]
+    assert [row.path for row in flow] == paths
+    model(**batch())[0].square().mean().backward()
+    own = torch.cat([p.grad.flatten() for p in model.encoder.layers[0].parameters()])
+    assert flow.rows[0].weight_gradient_norm == pytest.approx(own.norm().item(), rel=1e-4)
+    assert all(row.gradient_norm > 0 for row in flow)
 
 
 def test_a_training_logs_them_to_tensorboard_and_is_the_same(
