@@ -81,6 +81,9 @@ def _lengths(chains: dict[str, Chain], data: Data) -> None:
         chain = build_chain(name, depth=DEPTH)
         _train_(chain, data, STEPS)
         _tell(name, STEPS, chain, data)
+    _train_(chains["residual"], data, 1)
+    loss = F.cross_entropy(chains["residual"](data[0]), data[1]).item()
+    print(f"{'residual':10}     1  {loss}")
 
 
 def _tell(name: str, steps: int, chain: Chain, data: Data) -> None:

@@ -114,9 +114,10 @@ class BackwardGraph:
         """
         lines = [
             "digraph backward {",
-            '  rankdir=LR; bgcolor="white"; nodesep=0.25; ranksep=0.35; margin=0.1;',
-            '  node [fontname="Helvetica", fontsize=11, style=filled, color="#4a5568"];',
-            '  edge [fontname="Helvetica", fontsize=11, arrowsize=0.7];',
+            '  rankdir=LR; bgcolor="white"; nodesep=0.2; ranksep=0.05; margin=0.1;',
+            '  node [fontname="Helvetica", fontsize=14, margin=0.05];',
+            '  node [style=filled, color="#4a5568"];',
+            '  edge [fontname="Helvetica", fontsize=14, arrowsize=0.7];',
         ]
         largest = max((self._flow(edge) for edge in self.edges), default=0.0) or 1.0
         lines += [_vertex_line(i, vertex) for i, vertex in enumerate(self.vertices)]
@@ -256,7 +257,7 @@ def _vertex_line(number: int, vertex: Vertex) -> str:
     gradient = vertex.gradient
     size = gradient.item() if gradient.numel() == 1 else gradient.norm().item()
     label = f"{vertex.label}\\ngrad {size:.3g}" if vertex.named else vertex.label
-    return f'  v{number} [label="{label}", shape={shape}, fillcolor="{fill}"];'
+    return f'  v{number} [label="{label}", shape={shape}, fillcolor="{fill}", width=0.4];'
 
 
 def _edge_line(edge: Edge, flow: float) -> str:

@@ -126,15 +126,11 @@ def path_lengths(
         One entry for each length 0..L.
 
     Raises:
-        UserError: As ``residual_split``, or gradient goes round the blocks.
+        UserError: As ``residual_split``, gradient goes round the blocks, or is not finite.
     """
     stack = _Stack(net, inputs, targets, blocks, loss)
-    lengths = stack.by_length()
-    whole = stack.whole()
-    if not torch.allclose(
-        sum(lengths, torch.zeros_like(whole)), whole, rtol=1e-3, atol=_slack(whole)
-    ):
-        raise UserError("gradient goes round the blocks: name blocks that follow each other")
+    lengths, whole = stack.by_length(), stack.whole()
+    _check_sum(lengths, whole)
     size, rng, depth = whole.square().sum().item(), random.Random(seed), len(stack.blocks)
     found = []
     for k, gradient in enumerate(lengths):
@@ -303,6 +299,10 @@ def _plain_sum(node: Any) -> bool:
     return getattr(node, "_saved_alpha", 1) == 1
 
 
-def _slack(whole: Tensor) -> float:
-    """What rounding may do to a sum of parts that are larger than it."""
-    return 1e-3 * whole.abs().max().item() + torch.finfo(whole.dtype).tiny
+def _check_sum(lengths: list[Tensor], whole: Tensor) -> None:
+    """Whether the paths are all there are, up to rounding in parts that are larger than the sum."""
+    if not whole.isfinite().all():
+        raise UserError("the gradient is not finite: measure the network before it diverges")
+    missed = (sum(lengths, torch.zeros_like(whole)) - whole).norm()
+    if missed > 1e-3 * max(whole.norm(), *(gradient.norm() for gradient in lengths)):
+        raise UserError("gradient goes round the blocks: name blocks that follow each other")

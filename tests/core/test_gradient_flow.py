@@ -224,6 +224,14 @@ def test_gradient_that_goes_round_the_blocks_is_told() -> None:
         path_lengths(net, x, y, blocks=blocks)
 
 
+def test_a_network_that_has_diverged_is_told() -> None:
+    net, (x, y) = build_chain("residual", depth=2).double(), _batch()
+    with torch.no_grad():
+        net.head.weight[0, 0] = math.nan
+    with pytest.raises(UserError, match="the gradient is not finite"):
+        path_lengths(net, x, y, blocks=_links(2))
+
+
 def _scalar_net(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, dict]:
     names = {}
     for i, (w, v) in enumerate(weights, 1):
