@@ -11,9 +11,13 @@ from fixup_core.depth import (
     depth_check,
     plot_depth_checks,
 )
+from fixup_core.diagnostics import activation_bounds, euler_identity, gradient_bounds
+from fixup_core.gradient_flow import plot_flows
+from fixup_core.homogeneous import homogeneous_sets, is_positively_homogeneous
 from fixup_core.init import fixup_init_, lsuv_init_, standard_init_
 from fixup_core.param_groups import SCALAR_LR_RATIO, anchored_rate, param_groups
 from fixup_core.report import FixupReport
+from fixup_core.residual_paths import path_lengths, residual_split
 from fixup_core.scalars import (
     Scalar,
     ScalarBias,
@@ -32,6 +36,7 @@ __all__ = [
     "ScalarBias",
     "ScalarMultiplier",
     "WeightLayer",
+    "activation_bounds",
     "anchor_scalars_",
     "anchored_rate",
     "assert_depth_stable",
@@ -39,10 +44,17 @@ __all__ = [
     "branch_weights",
     "collect_branches",
     "depth_check",
+    "euler_identity",
     "fixup_init_",
+    "gradient_bounds",
+    "homogeneous_sets",
+    "is_positively_homogeneous",
     "lsuv_init_",
     "param_groups",
+    "path_lengths",
     "plot_depth_checks",
+    "plot_flows",
+    "residual_split",
     "scalars",
     "standard_init_",
 ]

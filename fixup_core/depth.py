@@ -22,6 +22,7 @@ from fixup_core.errors import UserError
 from fixup_core.figures import Curve, Panel, draw
 from fixup_core.init import draw_zero_heads_
 from fixup_core.line_fit import Slope, fit_slope
+from fixup_core.probing import Inputs, first_tensor, modules_named, outputs_of
 from fixup_core.scalars import scalars
 
 DEPTHS = (4, 8, 16, 32, 64, 128)
@@ -129,7 +130,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 def depth_check(
     make_net: Callable[[int], nn.Module],
     *,
-    batch: tuple[Any, Any],
+    batch: tuple[Inputs, Any],
     depths: Sequence[int] = DEPTHS,
     seeds: int = SEEDS,
     moved: Moved = "branches",
@@ -161,7 +162,7 @@ def depth_check(
         eta: Step size; by default the square root of the precision of ``dtype``, at which the
             change is as good as linear in it.
         loss: Of outputs and targets; cross-entropy by default. Where the network returns a tuple,
-            its first item is the outputs.
+            list or dictionary, the first floating-point tensor in it is the outputs.
         head: Path of the last layer, for a network that declares no ``classifier_layers()``; the
             last linear layer by default.
         dtype: Of the network and the inputs.
@@ -192,7 +193,7 @@ def depth_check(
             with torch.random.fork_rng(range(torch.cuda.device_count())):
                 torch.manual_seed(seed)
                 net = make_net(depth).to(dtype)
-                found.append(step.size(net, seed))
+                found.append(step.size(net))
         counts.append(len(collect_branches(net)) or depth)
         sizes.append(tuple(found))
         progress(f"depth {depth}: L = {counts[-1]}, change {_mean(found):.4g}")
@@ -253,20 +254,20 @@ MOVED: dict[str, Callable[[nn.Module], Iterable[nn.Parameter]]] = {
 class _Step:
     """One step and what it changes."""
 
-    batch: tuple[Any, Any]
+    batch: tuple[Inputs, Any]
     choose: Callable[[nn.Module], Iterable[nn.Parameter]]
     optimizer: Callable[..., torch.optim.Optimizer]
     eta: float
     loss: Callable[[Any, Any], Tensor]
     head: str | None
 
-    def size(self, net: nn.Module, seed: int) -> float:
+    def size(self, net: nn.Module) -> float:
         """Root mean square change of the outputs over eta."""
         moved = [p for p in self.choose(net) if p.requires_grad]
         if not moved:
             raise UserError("moved= names no parameter that can take a step")
         draw_zero_heads_(_heads(net, self.head))
-        before = self._outputs(net, seed)
+        before = self._outputs(net)
         gradients = torch.autograd.grad(
             self.loss(before, self.batch[1]), moved, allow_unused=True, materialize_grads=True
         )
@@ -274,7 +275,7 @@ class _Step:
             parameter.grad = gradient
         self.optimizer(moved, lr=self.eta).step()
         with torch.no_grad():
-            change = self._outputs(net, seed) - before
+            change = self._outputs(net) - before
         size = (change / self.eta).square().mean().sqrt().item()
         if size == 0:
             raise UserError(
@@ -284,23 +285,17 @@ class _Step:
             )
         return size
 
-    def _outputs(self, net: nn.Module, seed: int) -> Tensor:
-        inputs = self.batch[0]
-        torch.manual_seed(seed)
-        if isinstance(inputs, Mapping):
-            outputs = net(**inputs)
-        else:
-            outputs = net(*inputs) if isinstance(inputs, tuple) else net(inputs)
-        return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+    def _outputs(self, net: nn.Module) -> Tensor:
+        outputs = first_tensor(outputs_of(net, self.batch[0]))
+        if outputs is None:
+            raise UserError(f"{type(net).__name__} must return a floating-point tensor")
+        return outputs
 
 
 def _heads(net: nn.Module, name: str | None) -> list[nn.Module]:
     """The declared classifiers, the layer of that name, or the last linear layer."""
     if name is not None:
-        try:
-            return [net.get_submodule(name)]
-        except AttributeError as error:
-            raise UserError(f"{type(net).__name__} has no layer {name!r}: check head=") from error
+        return list(modules_named(net, [name]))
     linear: list[nn.Module] = [module for module in net.modules() if isinstance(module, nn.Linear)]
     return collect_classifiers(net) or linear[-1:]
 

@@ -195,7 +195,7 @@ def test_a_network_that_declares_nothing() -> None:
     assert found.num_branches == (4, 16, 64)
     with pytest.raises(UserError, match="the step changes nothing"):
         depth_check(undeclared, head="0", **options)
-    with pytest.raises(UserError, match="no layer 'fc'"):
+    with pytest.raises(UserError, match="no module 'fc'"):
         depth_check(undeclared, head="fc", **options)
 
 
