@@ -72,6 +72,10 @@ def _figure(**options: Any) -> Any:
 
 
 def _fill(axes: Any, panel: Panel) -> None:
+    if panel.log_x:
+        axes.set_xscale("log")
+    if panel.log_y:
+        axes.set_yscale("log")
     colour, rows = None, 0
     for curve in panel.curves:
         colour = _line(axes, curve, panel.log_y, colour if curve.dashed else None)
@@ -79,10 +83,6 @@ def _fill(axes: Any, panel: Panel) -> None:
         if lost:
             _crosses(axes, lost, colour, rows)
             rows += 1
-    if panel.log_x:
-        axes.set_xscale("log")
-    if panel.log_y:
-        axes.set_yscale("log")
     if panel.ticks:
         axes.set_xticks(panel.ticks, labels=[f"{tick:g}" for tick in panel.ticks])
         axes.set_xticks([], minor=True)

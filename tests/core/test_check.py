@@ -55,7 +55,7 @@ def test_flat_ends_with_0_and_growing_with_1(capsys: pytest.CaptureFixture) -> N
     out, err = capsys.readouterr()
     assert out.splitlines()[-1].endswith(": flat")
     assert [line.split(":")[0] for line in err.splitlines()] == [
-        f"depth {depth}" for depth in (4, 16, 64)
+        f"depth {depth}" for depth in FAST["depths"]
     ]
     assert main(["check", f"{HERE}:net", "--rule", "no_factor"]) == 1
     assert capsys.readouterr().out.splitlines()[-1].endswith(": growing")

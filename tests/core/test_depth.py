@@ -20,7 +20,6 @@ from fixup_core import (
     branch_weights,
     collect_branches,
     depth_check,
-    figures,
     fixup_init_,
     plot_depth_checks,
 )
@@ -329,12 +328,3 @@ def test_a_figure_of_several_checks(tmp_path: Path) -> None:
     checks["flat"].plot(tmp_path / "one.png")
     for file in (tmp_path / "new" / "depth.png", tmp_path / "one.png"):
         assert file.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_figure_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def missing(name: str):
-        raise ModuleNotFoundError(f"No module named {name!r}")
-
-    monkeypatch.setattr(figures.importlib, "import_module", missing)
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        _made_up(1, 1, 1).plot(tmp_path / "depth.png")
