@@ -5,9 +5,20 @@ The rules shared by ``fixup_mt`` and ``vision``; needs torch alone.
 
 from fixup_core.branches import ResidualBranch, WeightLayer, collect_branches
 from fixup_core.convert import fixup_
+from fixup_core.depth import (
+    DepthCheck,
+    assert_depth_stable,
+    branch_weights,
+    depth_check,
+    plot_depth_checks,
+)
+from fixup_core.diagnostics import activation_bounds, euler_identity, gradient_bounds
+from fixup_core.gradient_flow import plot_flows
+from fixup_core.homogeneous import homogeneous_sets, is_positively_homogeneous
 from fixup_core.init import fixup_init_, lsuv_init_, standard_init_
 from fixup_core.param_groups import SCALAR_LR_RATIO, anchored_rate, param_groups
 from fixup_core.report import ConversionReport, ConvertedBranch, FixupReport
+from fixup_core.residual_paths import path_lengths, residual_split
 from fixup_core.scalars import (
     Scalar,
     ScalarBias,
@@ -21,20 +32,33 @@ __all__ = [
     "SCALAR_LR_RATIO",
     "ConversionReport",
     "ConvertedBranch",
+    "DepthCheck",
     "FixupReport",
     "ResidualBranch",
     "Scalar",
     "ScalarBias",
     "ScalarMultiplier",
     "WeightLayer",
+    "activation_bounds",
     "anchor_scalars_",
     "anchored_rate",
+    "assert_depth_stable",
     "branch_scale",
+    "branch_weights",
     "collect_branches",
+    "depth_check",
+    "euler_identity",
     "fixup_",
     "fixup_init_",
+    "gradient_bounds",
+    "homogeneous_sets",
+    "is_positively_homogeneous",
     "lsuv_init_",
     "param_groups",
+    "path_lengths",
+    "plot_depth_checks",
+    "plot_flows",
+    "residual_split",
     "scalars",
     "standard_init_",
 ]

@@ -172,6 +172,20 @@ def lsuv_init_(model: nn.Module, *args: Any, generator: Generator | None = None)
     return _measured(model, report)
 
 
+def draw_zero_heads_(heads: Iterable[nn.Module], *, generator: Generator | None = None) -> None:
+    """Draw those of the layers whose weight is 0 as PyTorch does.
+
+    For measurements on a network that rule 1 has just initialised: behind a head at 0 nothing but
+    the head can move.
+    """
+    with torch.no_grad():
+        for head in heads:
+            weight: Any = head.weight
+            if not weight.any():
+                row = Row("", "classifier", std=TORCH_DEFAULT.std(head))
+                _write_(_Entry(weight, row, shape=TORCH_DEFAULT.shape), generator)
+
+
 def _measured(model: nn.Module, report: FixupReport) -> FixupReport:
     parameters = dict(model.named_parameters())
     rows = tuple(

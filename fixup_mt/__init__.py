@@ -4,9 +4,11 @@ Importing the package registers the models ``transformer_fixup`` and ``transform
 repairs what today's fairseq does silently wrong (``fixup_mt.repairs``).
 """
 
+from fixup_mt import flow_log as _flow_log
 from fixup_mt import model as _model  # noqa: F401 (registers the models)
 from fixup_mt import presets as _presets
 from fixup_mt import repairs as _repairs
 
 _presets.register()
+_flow_log.install()
 _repairs.apply()

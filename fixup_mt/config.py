@@ -92,6 +92,9 @@ FIXUP_FIELDS: dict[str, tuple[Any, Any]] = {
     "fixup_compile": _fixup_field(
         bool, False, "train with layers compiled by torch.compile; needs a C++ compiler, or a GPU"
     ),
+    "fixup_log_gradients": _fixup_field(
+        bool, False, "log the gradient norm of every layer, to TensorBoard too"
+    ),
     # Without a help text fairseq adds no option; the name makes it copy the value of --optimizer.
     "optimizer": _fixup_field(str, II("optimizer._name"), None),
 }

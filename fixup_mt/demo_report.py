@@ -13,6 +13,7 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU
 
+from fixup_core import figures
 from fixup_mt.errors import UserError
 from fixup_mt.jobs import STARTED
 from fixup_mt.score import (
@@ -136,23 +137,15 @@ def translations(folder: Path, results: Sequence[Result]) -> list[str]:
 
 
 def write_picture(path: Path, results: Sequence[Result]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     # fairseq's imports turn on everybody's debugging output.
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for number, result in enumerate(results):
-        colour = f"C{number}"
-        axes.plot(*zip(*result.training_curve, strict=True), color=colour, alpha=0.35, lw=1)
-        axes.plot(*zip(*result.validation_curve, strict=True), color=colour, marker="o", ms=3)
-        axes.lines[-2].set_label(f"{result.name}, training")
-        axes.lines[-1].set_label(f"{result.name}, validation")
-    axes.set(xlabel="updates", ylabel="label-smoothed loss (bits per piece)")
-    axes.set_title("Built-in German-English corpus: Fixup and LayerNorm")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    partial = path.with_name(path.name + ".tmp")
-    FigureCanvasAgg(figure).print_png(str(partial))
+    curves = []
+    for result in results:
+        training, validation = result.training_curve, result.validation_curve
+        curves.append(figures.Curve(f"{result.name}, training", training))
+        curves.append(figures.Curve(f"{result.name}, validation", validation, dashed=True))
+    title = "Built-in German-English corpus: Fixup and LayerNorm"
+    loss = "label-smoothed loss (bits per piece)"
+    partial = path.with_name(f"partial_{path.name}")
+    figures.draw([figures.Panel(curves, "updates", loss, title)], partial)
     partial.replace(path)

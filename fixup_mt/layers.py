@@ -266,7 +266,8 @@ class FixupAttention(MultiheadAttention):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor]) -> Tensor:
         drops = self.training or self.dropout_module.apply_during_inference
         dropout = self.dropout_module.p if drops else 0.0
-        if torch.jit.is_scripting() or q.dtype == torch.float32 or q.device.type != "cpu":
+        half = q.dtype != torch.float32 and q.dtype != torch.float64
+        if torch.jit.is_scripting() or q.device.type != "cpu" or not half:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         else:
             # The CPU's half-precision kernel is ten times slower backward than the float32 one.
@@ -298,7 +299,9 @@ class FixupAttention(MultiheadAttention):
         logits = torch.matmul(q * self.scaling, k.transpose(2, 3))
         if mask is not None:
             logits = logits + mask
-        weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        double = logits.dtype == torch.float64
+        dtype = torch.float64 if double else torch.float32
+        weights = torch.softmax(logits, dim=-1, dtype=dtype)
         return torch.matmul(self.dropout_module(weights).to(v.dtype), v), weights
 
 

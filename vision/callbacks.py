@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from fixup_core.diagnostics import BoundTable, gradient_bounds
 from fixup_core.errors import UserError
+from fixup_core.gradient_flow import GradientFlow, gradient_flow, plot_flows
 from vision.data.batches import Batch
 
 LEGIBLE = 32
@@ -93,6 +96,58 @@ class PredictionTable(Callback):
             rows = zip(classes.tolist(), probabilities.tolist(), strict=True)
             writer.writerows((n, label, f"{p:.6f}") for n, (label, p) in enumerate(rows))
         print(f"predictions of {len(classes)} images: {file}")
+
+
+class GradientFlowLogger(Callback):
+    """Logs the gradient norm of every layer, and the theory's lower bounds, as training goes on.
+
+    Measured on the training batch as it comes, without mixing and label smoothing, in a forward and
+    a backward pass of their own, which leave the run as it is, bit for bit. At the end the layers'
+    gradients are drawn: ``gradient_flow.png``, at the first, the middle and the last time.
+
+    Args:
+        every_n_steps: How often.
+        bounds: Also log the bounds of ``fixup_core.diagnostics.gradient_bounds``; a bound that is
+            not defined, the set being not p.h., is left out.
+    """
+
+    def __init__(self, every_n_steps: int = 50, bounds: bool = True) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"every_n_steps is {every_n_steps}: take a number from 1 upwards")
+        self.every_n_steps, self.bounds = every_n_steps, bounds
+        self.flows: dict[int, GradientFlow] = {}
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step % self.every_n_steps or step in self.flows or not len(batch.labels):
+            return
+        net: Any = pl_module.net
+        with trainer.precision_plugin.forward_context():
+            self.flows[step] = flow = gradient_flow(net, batch.images, batch.labels)
+            table = gradient_bounds(net, batch.images, batch.labels) if self.bounds else None
+        values = {f"gradient/{row.path}": row.gradient_norm for row in flow}
+        values |= {f"weight_gradient/{row.path}": row.weight_gradient_norm for row in flow}
+        for logger in trainer.loggers:
+            logger.log_metrics(values | _bound_values(table), step)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.flows or not trainer.is_global_zero:
+            return
+        steps = sorted(self.flows)
+        chosen = {steps[0], steps[len(steps) // 2], steps[-1]}
+        flows = {f"step {step}": self.flows[step] for step in sorted(chosen)}
+        file = Path(trainer.default_root_dir) / "gradient_flow.png"
+        plot_flows(flows, file, quantities=("gradient_norm", "weight_gradient_norm"))
+
+
+def _bound_values(table: BoundTable | None) -> dict[str, float]:
+    values = {}
+    for row in table.rows if table else ():
+        values[f"bounds/{row.name}/measured"] = row.measured
+        values[f"bounds/{row.name}/bound"] = row.bound
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _plain(value: Any) -> Any:

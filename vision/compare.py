@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fixup_core.errors import UserError
+from fixup_core.figures import Curve, Panel, draw
 from vision.cli import RUNS, VisionCLI
-from vision.plots import Curve, Panel, draw
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "vision"
 DEMO = ("digits_fixup_resnet20", "digits_batchnorm_resnet20")
@@ -78,11 +78,12 @@ def compare(runs: Sequence[Path], output: Path) -> None:
         print(TABLE.format(run.name, epochs, *cells))
     draw(
         [
-            Panel([run.curve(metric, run.name) for run in found], "epoch", metric, "")
+            Panel([run.curve(metric, run.name) for run in found], "epoch", metric)
             for metric in ("train/loss", "val/accuracy")
         ],
         output,
     )
+    print(f"figure: {output}")
 
 
 def demo(output: Path = RUNS / "demo") -> None:

@@ -25,11 +25,11 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from fixup_core.errors import UserError
+from fixup_core.figures import Curve, Panel, draw
 from vision.cli import RUNS
 from vision.data import VisionData
 from vision.lit_classifier import DivergedError, LitClassifier, load_classifier
 from vision.nets import check_net, net_options
-from vision.plots import Curve, Panel, draw
 
 PAPER_METHODS = ("fixup", "batchnorm", "xavier", "lsuv")
 
@@ -235,7 +235,7 @@ def depth(
     curves = _trained(points, recipe, output, "depth", "test_accuracy", "method")
     title = f"ResNets, {_length(recipe)}, learning rate {lr:g}"
     panel = Panel(curves, "layers", "test accuracy", title, log_x=True, ticks=depths)
-    draw([panel], output / "depth.png")
+    _show(panel, output / "depth.png")
 
 
 def lr(
@@ -263,7 +263,7 @@ def lr(
     curves = _trained(points, recipe, output, "lr", "train_loss", "method")
     title = f"{net}, {_length(recipe)}"
     panel = Panel(curves, "learning rate", "train loss", title, log_x=True, ticks=rates)
-    draw([panel], output / "lr.png")
+    _show(panel, output / "lr.png")
 
 
 def degradation(
@@ -293,7 +293,7 @@ def degradation(
     curves = [Curve(names[curve.name], curve.points) for curve in curves]
     title = f"{method}, {_length(recipe)}"
     panel = Panel(curves, "layers", "train loss", title, ticks=depths)
-    draw([panel], output / "degradation.png")
+    _show(panel, output / "degradation.png")
 
 
 def lesion(
@@ -337,10 +337,16 @@ def lesion(
     whole = [(float(number), rows[0][1]) for number, _ in rows[1:]]
     curves = [Curve("whole network", whole), Curve("without the block", rows[1:])]
     title = f"{model.args.net}, {model.args.method}"
-    draw([Panel(curves, "block left out", "test accuracy", title)], output / "lesion.png")
+    panel = Panel(curves, "block left out", "test accuracy", title)
+    _show(panel, output / "lesion.png")
 
 
 COMMANDS: dict[str, Any] = {"depth": depth, "lr": lr, "degradation": degradation, "lesion": lesion}
+
+
+def _show(panel: Panel, file: Path) -> None:
+    draw([panel], file)
+    print(f"figure: {file}")
 
 
 def _depth_of(net: str) -> int:

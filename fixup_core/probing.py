@@ -1,0 +1,130 @@
+"""Calling a network to look at it: nothing of it, and of the random numbers, is different after."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from fixup_core.errors import UserError
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""What a network is called with: one tensor, positional arguments, or named ones."""
+
+
+def outputs_of(net: nn.Module, inputs: Inputs, replaced: Mapping[str, Tensor] | None = None) -> Any:
+    """What ``net`` returns, in its present mode.
+
+    Buffers (running statistics) are copies and random numbers are drawn from where they stand, so
+    that each call draws the same dropout and none leaves a trace.
+
+    Args:
+        net: Any network.
+        inputs: What it takes.
+        replaced: Parameters that take other values in this call, by name.
+    """
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    values = {**buffers, **(replaced or {})}
+    args, options = _arguments(inputs)
+    devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        return functional_call(net, values, args, options)
+
+
+def logits_of(net: nn.Module, inputs: Inputs, replaced: Mapping[str, Tensor] | None = None) -> Any:
+    """The same for a classifier: its logits [B, classes].
+
+    Raises:
+        UserError: It returns something else.
+    """
+    logits = outputs_of(net, inputs, replaced)
+    if not (isinstance(logits, Tensor) and logits.dim() == 2):
+        raise UserError("the bounds are those of a classifier: its output must be [B, classes]")
+    return logits
+
+
+def loss_of(net: nn.Module, inputs: Inputs, targets: Any, loss: Any = F.cross_entropy) -> Tensor:
+    """The loss: ``loss(outputs, targets)``, or ``loss(outputs)`` without targets; a number."""
+    outputs = outputs_of(net, inputs)
+    value = loss(outputs) if targets is None else loss(outputs, targets)
+    if value.numel() != 1:
+        raise UserError("the loss must be one number: take its mean over the batch")
+    return value.reshape(())
+
+
+def with_gradient(inputs: Inputs) -> Inputs:
+    """The same inputs, floating-point tensors as leaves that want a gradient."""
+    if isinstance(inputs, Tensor):
+        return _leaf(inputs)
+    if isinstance(inputs, Mapping):
+        return {name: _leaf(value) for name, value in inputs.items()}
+    return tuple(_leaf(value) for value in inputs)
+
+
+def parameters_named(
+    net: nn.Module, chosen: Iterable[str | nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Parameters by name, chosen by name or as they are.
+
+    Raises:
+        UserError: One that the network does not have, or none at all.
+    """
+    known = dict(net.named_parameters())
+    names = {id(parameter): name for name, parameter in known.items()}
+    found = [one if isinstance(one, str) else names.get(id(one), "") for one in chosen]
+    if not found:
+        raise UserError("a parameter set needs at least one parameter")
+    for name in found:
+        if name not in known:
+            raise UserError(f"the network has no parameter {name!r}{_hint(name, known)}")
+    return {name: known[name] for name in found}
+
+
+def modules_named(net: nn.Module, chosen: Iterable[str | nn.Module]) -> dict[nn.Module, str]:
+    """Modules and their paths, chosen by path or as they are.
+
+    Raises:
+        UserError: One that the network does not have, or none at all.
+    """
+    known = dict(net.named_modules())
+    paths = {module: path for path, module in known.items()}
+    found: dict[nn.Module, str] = {}
+    for one in chosen:
+        module = known.get(one) if isinstance(one, str) else one
+        if module is None or module not in paths:
+            name = one if isinstance(one, str) else type(one).__name__
+            raise UserError(f"the network has no module {name!r}{_hint(name, known)}")
+        found[module] = paths[module]
+    if not found:
+        raise UserError("name at least one module")
+    return found
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first floating-point tensor of an output: itself, or one in a tuple, list or dict."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() else None
+    parts = value.values() if isinstance(value, Mapping) else value
+    found = map(first_tensor, parts if isinstance(value, (tuple, list, Mapping)) else ())
+    return next((tensor for tensor in found if tensor is not None), None)
+
+
+def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def _leaf(value: Any) -> Any:
+    floats = isinstance(value, Tensor) and value.is_floating_point()
+    return value.detach().requires_grad_() if floats else value
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""

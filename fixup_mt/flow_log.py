@@ -1,0 +1,72 @@
+"""``--fixup-log-gradients``: the gradient norm of every layer in fairseq's logs and TensorBoard.
+
+fairseq's trainer has one moment at which the gradients are those of the step: averaged over the
+batch and the processes, not yet clipped. There they are read; nothing is changed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from fairseq.logging import metrics
+from fairseq.trainer import Trainer
+from torch import Tensor, nn
+
+from fixup_mt.errors import UserError
+
+
+def layer_gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Norms of the gradients that the parameters of ``model`` hold, in one transfer.
+
+    Returns:
+        By ``encoder_0`` and so on, ``decoder_0``, the embeddings and the output layer, as far as
+        the model has them and they have gradients.
+    """
+    parts: dict[str, Any] = {}
+    for side in ("encoder", "decoder"):
+        stack: Any = getattr(model, side, None)
+        if stack is not None:
+            parts |= {f"{side}_{i}": layer for i, layer in enumerate(stack.layers)}
+            parts[f"{side}_embeddings"] = stack.embed_tokens
+    parts["output"] = getattr(getattr(model, "decoder", None), "output_projection", None)
+    norms = {name: _norm(part) for name, part in parts.items() if part is not None}
+    held = {name: norm for name, norm in norms.items() if norm is not None}
+    values = torch.stack(list(held.values())).tolist() if held else []
+    return dict(zip(held, values, strict=True))
+
+
+def log_gradients(trainer: Any) -> None:
+    """Log the norms of a trainer's model as ``grad_encoder_0`` and so on.
+
+    Raises:
+        UserError: ``--amp``, which holds the gradients times a scale of its own.
+    """
+    if trainer.cfg.common.amp:
+        raise UserError(
+            "--fixup-log-gradients cannot see the gradients under --amp: "
+            "leave one of them out, or use --fixup-autocast bf16"
+        )
+    # In half precision the model holds the gradients times a scale that the optimiser takes off.
+    factor = float(getattr(trainer.optimizer, "_multiply_factor", 1.0))
+    for name, norm in layer_gradient_norms(trainer.get_model()).items():
+        metrics.log_scalar(f"grad_{name}", factor * norm, priority=500, round=6)
+
+
+def install() -> None:
+    """Make fairseq's trainer log where the option is given."""
+    original = Trainer.clip_grad_norm
+
+    @functools.wraps(original)
+    def clip_grad_norm(self: Any, clip_norm: float) -> Any:
+        if getattr(self.cfg.model, "fixup_log_gradients", False):
+            log_gradients(self)
+        return original(self, clip_norm)
+
+    Trainer.clip_grad_norm = clip_grad_norm
+
+
+def _norm(module: nn.Module) -> Tensor | None:
+    norms = [p.grad.detach().float().norm() for p in module.parameters() if p.grad is not None]
+    return torch.stack(norms).norm() if norms else None
