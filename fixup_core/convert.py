@@ -276,18 +276,20 @@ def _kept(network: nn.Module, plan: Plan) -> list[nn.Parameter]:
 
 
 def _report(network: nn.Module, plan: Plan, init: Any, rule: Any) -> ConversionReport:
-    rows = {row.name: row for row in init.rows}
+    kept = {row.name for row in init.rows if row.role == "kept"}
+    names = {id(p): name for name, p in network.named_parameters()}
     num_branches = len(plan.branches)
     converted = []
     for name, layers, gates in plan.branches:
         m = sum(layer.copies for layer in layers)
-        names = tuple(layer.weight for layer in layers)
-        converted.append(ConvertedBranch(name, m, rule(num_branches, m), names, tuple(gates)))
-    tied = [layer.weight for layer in plan.head if rows[layer.weight].role == "kept"]
+        weights = tuple(layer.weight for layer in layers)
+        converted.append(ConvertedBranch(name, m, rule(num_branches, m), weights, tuple(gates)))
+    head = [layer.weight for layer in plan.head]
+    tied = [name for name in head if names[id(network.get_parameter(name))] in kept]
     notes = [f"{name} is an embedding too and cannot be 0: it stays" for name in tied]
     return ConversionReport(
         branches=tuple(converted),
-        head=tuple(layer.weight for layer in plan.head),
+        head=tuple(name for name in head if name not in tied),
         removed=tuple(plan.norms),
         scalars=sum(1 for _ in scalars(network)),
         kept=tuple(row.name for row in init.rows if row.role == "kept"),

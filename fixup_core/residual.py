@@ -231,13 +231,18 @@ class _Walk:
 def _check_users(trace: Trace, join: Node, region: set[Node], walk: _Walk) -> None:
     """Raise unless what weight layers make of the branch goes into its join alone."""
     for node, layers in walk.seen.items():
-        for user in node.users if layers and trace.depends(node, walk.start) else ():
-            if user in trace.visible and user is not join and user not in region:
-                raise UserError(
-                    f"what {_place(node)} computes in a residual branch is used outside of it too, "
-                    f"in {_place(user)}: the branch reaches the output twice; leave this block out "
-                    "by naming the others in branches="
-                )
+        if not layers or not trace.depends(node, walk.start):
+            continue
+        outside = [
+            u for u in node.users if u in trace.visible and u is not join and u not in region
+        ]
+        if outside or node in trace.outputs:
+            place = f"in {_place(outside[0])}" if outside else "as an output"
+            raise UserError(
+                f"what {_place(node)} computes in a residual branch is used outside of it too, "
+                f"{place}: the branch reaches the output twice; leave this block out by naming the "
+                "others in branches="
+            )
 
 
 def _main(trace: Trace, node: Node) -> list[Node]:

@@ -185,8 +185,9 @@ class Survey:
     def _check_shared(self) -> None:
         places: dict[str, list[str]] = {}
         for number, branch in enumerate(self.branches):
-            for weight in {use.weight for use in branch.layers}:
-                places.setdefault(weight, []).append(f"{branch.name} (branch {number + 1})")
+            for weight in dict.fromkeys(use.weight for use in branch.layers):
+                place = branch.name or "the network itself"
+                places.setdefault(weight, []).append(f"{place} (branch {number + 1})")
         inner = {n for branch in self.branches for n in branch.inside}
         for use in self.uses:
             if use.node not in inner and use.weight in places:

@@ -6,6 +6,8 @@ by what they depend on: *flowing* ones on the network's inputs, the others on pa
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,7 +43,8 @@ class Trace:
         nodes: In the order of the forward pass.
         parameters: For a node that depends on parameters alone, their names.
         sources: For a flowing node, itself and the flowing nodes that it depends on.
-        visible: The nodes that an output depends on.
+        outputs: The nodes that the network returns.
+        visible: The nodes that these depend on.
 
     Raises:
         UserError: The network cannot be traced.
@@ -63,12 +66,12 @@ class Trace:
                 self.sources[node] = frozenset({node})
             elif node.op == "call_function":
                 self._add(node)
-        self.visible = self._reaching(set(signature.user_outputs))
+        self.outputs = {node for node in self.nodes if node.name in signature.user_outputs}
+        self.visible = self._reaching_outputs()
 
-    def _reaching(self, outputs: set[str]) -> set[Node]:
+    def _reaching_outputs(self) -> set[Node]:
         """The nodes that an output depends on; running statistics are none."""
-        waiting = [node for node in self.nodes if node.name in outputs]
-        reaching: set[Node] = set()
+        waiting, reaching = list(self.outputs), set()
         while waiting:
             node = waiting.pop()
             if node not in reaching:
@@ -159,8 +162,10 @@ def _exported(network: nn.Module, inputs: Inputs) -> Any:
         args = inputs if isinstance(inputs, tuple) else (inputs,)
     modes = {module: module.training for module in network.modules()}
     try:
-        program = torch.export.export(network.train(), args, kwargs, strict=False)
-        return program.run_decompositions({})
+        with warnings.catch_warnings(), _masks_taken_as_told():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(network.train(), args, kwargs, strict=False)
+            return program.run_decompositions({})
     except Exception as error:
         raise UserError(
             f"{type(network).__name__} cannot be traced, so its residual branches must be named: "
@@ -172,8 +177,15 @@ def _exported(network: nn.Module, inputs: Inputs) -> Any:
             module.training = mode
 
 
-def parameters_of(network: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """The parameters of ``network``: name, the module that holds each, its name there, itself."""
-    for path, module in network.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            yield (f"{path}.{name}" if path else name), module, name, parameter
+@contextlib.contextmanager
+def _masks_taken_as_told() -> Iterator[None]:
+    """``nn.TransformerEncoder`` looks into a mask for whether it is causal, which has no numbers
+    while it is traced; what it does then is the same.
+    """
+    module: Any = nn.modules.transformer
+    looking = module._detect_is_causal_mask
+    module._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    try:
+        yield
+    finally:
+        module._detect_is_causal_mask = looking

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fixup_core import collect_branches, fixup_, param_groups, scalars
+from fixup_core import (
+    assert_depth_stable,
+    branch_scale,
+    collect_branches,
+    fixup_,
+    param_groups,
+    scalars,
+)
 from fixup_core.attached import NoNorm
 from fixup_core.errors import UserError
+from fixup_core.scaling import unit_scale
 from fixup_core.standards import NORMS
 from tests.core.foreign import GatedMlp, PreActivation, Separable
 
@@ -131,7 +139,7 @@ def test_scalars_stand_where_the_authors_have_them() -> None:
     fixup_(net, example_inputs=IMAGES, verbose=False)
     _disturb_(net)
     s = {n: p for n, p in net.named_parameters() if p.shape == (1,)}
-    assert len(s) == 7 - 1 + 1  # b1a b1b b2a multiplier b2b, and the head's; the stem has none
+    assert len(s) == 6  # b1a, b1b, b2a, the multiplier, b2b, and the head's
     h = F.conv2d(IMAGES + s["conv1.fixup_before.weight"], net.conv1.weight, padding=1)
     h = F.relu(h + s["bn1.shift.weight"]) + s["conv2.fixup_before.weight"]
     h = F.conv2d(h, net.conv2.weight, padding=1) * s["conv2.fixup_multiplier.weight"]
@@ -224,7 +232,7 @@ def test_standard_deviations_of_grouped_convolutions_are_their_own() -> None:
     factor = report.branches[0].factor
     for weight, fan in ((net.blocks[0].down.weight, 4), (net.blocks[0].mix.weight, 32)):
         expected = factor * math.sqrt(2 / fan)
-        assert weight.std() == pytest.approx(expected, rel=6 / math.sqrt(2 * weight.numel()))
+        assert weight.std().item() == pytest.approx(expected, rel=6 / math.sqrt(2 * weight.numel()))
 
 
 def test_layer_scales_start_at_one() -> None:
@@ -482,3 +490,40 @@ def test_an_output_that_is_an_embedding_cannot_be_zero() -> None:
     before = net.embed.weight.clone()
     report = fixup_(net, example_inputs=torch.arange(6).view(2, 3), verbose=False)
     assert torch.equal(net.embed.weight, before) and "cannot be 0" in str(report)
+
+
+# Depth
+
+
+def _converted(make: Callable[[int], nn.Module], rule: Any) -> Callable[[int], nn.Module]:
+    def make_net(depth: int) -> nn.Module:
+        net = make(depth)
+        fixup_(net, example_inputs=IMAGES, rule=rule, verbose=False)
+        return net
+
+    return make_net
+
+
+BATCH = (IMAGES, torch.arange(4))
+STACKS: dict[str, Callable[[int], nn.Module]] = {
+    "PreActivation": PreActivation,
+    "GatedMlp": GatedMlp,
+    "encoder": Encoder,
+    "encoder, norm first": lambda depth: Encoder(depth, norm_first=True),
+}
+
+
+def test_a_converted_network_is_depth_stable_by_its_factor() -> None:
+    options: Any = {"batch": BATCH, "depths": [1, 2, 4, 8], "seeds": 3, "tolerance": 0.35}
+    assert_depth_stable(_converted(GatedMlp, branch_scale), **options)
+    with pytest.raises(AssertionError, match="growing"):
+        assert_depth_stable(_converted(GatedMlp, unit_scale), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STACKS)
+def test_converted_networks_are_depth_stable(name: str) -> None:
+    options: Any = {"batch": BATCH, "depths": [2, 4, 8, 16, 32], "seeds": 10, "tolerance": 0.3}
+    assert_depth_stable(_converted(STACKS[name], branch_scale), **options)
+    with pytest.raises(AssertionError, match="growing"):
+        assert_depth_stable(_converted(STACKS[name], unit_scale), **(options | {"seeds": 3}))
