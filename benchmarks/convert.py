@@ -32,7 +32,7 @@ from tests.core import foreign
 
 CONTESTANTS = ("as it is", "fixup_")
 KINDS = ("seconds", *CONTESTANTS)
-SGD, ADAM = (0.02, 0.05, 0.1), (0.0005, 0.001, 0.002)
+SGD, ADAM = (0.1, 0.2, 0.4), (0.001, 0.003, 0.008)
 BLOCK = 64
 """Bytes that the language model reads at a time."""
 
