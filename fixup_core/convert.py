@@ -146,7 +146,7 @@ def _traced_plan(
     if inputs is None:
         raise UserError("give fixup_ a batch, example_inputs=, or name the branches= yourself")
     survey = Survey(network, inputs, kinds, keep_norms, allow)
-    plan = Plan(gains=survey.gains(), notes=survey.notes)
+    plan = Plan(gains=survey.gains(), notes=_notes(survey, keep_norms))
     for number, found in enumerate(survey.branches, start=1):
         layers, name = survey.layers(found), found.name or f"addition {number}"
         plan.branches.append((name, layers, [use.weight for use in found.gates]))
@@ -157,13 +157,25 @@ def _traced_plan(
     plan.before += [layer.unit for layer in plan.head if layer.unit]
     survey.place_activation_biases(plan.after, plan.norms)
     plan.before, plan.after = _once(plan.before), _once(plan.after)
-    if survey.by_function:
-        names = ", ".join(list(survey.by_function)[:3])
-        plan.notes.append(
-            f"{len(survey.by_function)} weights are used by functions, not by modules of their "
-            f"own: they have no scalars ({names}, ...)"
-        )
     return plan
+
+
+def _notes(survey: Survey, keep_norms: bool) -> list[str]:
+    notes, outside = [], survey.outside()
+    if not survey.head():
+        notes.append("no weight layer follows the last branch: there is no head to be 0")
+    if len(outside) > len(survey.branches) and not keep_norms:
+        notes.append(
+            f"{len(outside)} weight layers lie outside the branches, more than there are branches; "
+            "without norms nothing keeps the size of what they pass on"
+        )
+    functions = survey.by_function()
+    if functions:
+        notes.append(
+            f"{len(functions)} weights are used by functions, not by modules of their own: they "
+            f"have no scalars ({', '.join(functions[:3])}, ...)"
+        )
+    return notes
 
 
 def _declared_plan(network: nn.Module, branches: Branches | None, head: Any) -> Plan:

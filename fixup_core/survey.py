@@ -73,8 +73,6 @@ class Survey:
         allow: Sequence[str],
     ) -> None:
         self.network, self.keep_norms, self.allow = network, keep_norms, tuple(allow)
-        self.notes: list[str] = []
-        self.by_function: dict[str, None] = {}
         modules = network.named_modules(remove_duplicate=False)
         self.norms = {path for path, module in modules if isinstance(module, kinds)}
         self.trace = Trace(network, inputs)
@@ -113,9 +111,18 @@ class Survey:
                 for other in self.uses
             )
         ]
-        if not ends:
-            self.notes.append("no weight layer follows the last branch: there is no head to be 0")
         return [Layer(use.weight, use.bias, self._unit(use)) for use in ends]
+
+    def outside(self) -> list[str]:
+        """Weights of the layers outside all branches but the head."""
+        inner = {node for branch in self.branches for node in branch.inside}
+        head = {layer.weight for layer in self.head()}
+        return [u.weight for u in self.uses if u.node not in inner and u.weight not in head]
+
+    def by_function(self) -> list[str]:
+        """Weights of branches and head to whose layers no scalar can be attached."""
+        layers = [layer for branch in self.branches for layer in self.layers(branch)]
+        return [layer.weight for layer in (*layers, *self.head()) if not layer.unit]
 
     def gains(self) -> list[str]:
         """Parameters that multiply a branch element by element; every other one in a branch must be
@@ -171,7 +178,6 @@ class Survey:
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight is self.network.get_parameter(use.weight):
             return path
-        self.by_function[use.weight] = None
         return ""
 
     def _uncovered(self, node: Node) -> set[str]:

@@ -514,7 +514,7 @@ STACKS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def test_a_converted_network_is_depth_stable_by_its_factor() -> None:
-    options: Any = {"batch": BATCH, "depths": [1, 2, 4, 8], "seeds": 3, "tolerance": 0.35}
+    options: Any = {"batch": BATCH, "depths": [1, 3, 9], "seeds": 2, "tolerance": 0.4}
     assert_depth_stable(_converted(GatedMlp, branch_scale), **options)
     with pytest.raises(AssertionError, match="growing"):
         assert_depth_stable(_converted(GatedMlp, unit_scale), **options)
