@@ -70,13 +70,13 @@ class Entry:
 
 tv = torchvision.models
 NETS = {
-    "torchvision resnet18": Entry(lambda: tv.resnet18(num_classes=10), 64, False),
-    "torchvision resnet50": Entry(lambda: tv.resnet50(num_classes=10), 64, False),
-    "timm resnet50d": Entry(lambda: _timm("resnet50d"), 64, False),
-    "torchvision convnext_tiny": Entry(lambda: tv.convnext_tiny(num_classes=10), 64, True),
+    "torchvision resnet18": Entry(lambda: tv.resnet18(num_classes=10), 32, False),
+    "torchvision resnet50": Entry(lambda: tv.resnet50(num_classes=10), 32, False),
+    "timm resnet50d": Entry(lambda: _timm("resnet50d"), 32, False),
+    "torchvision convnext_tiny": Entry(lambda: tv.convnext_tiny(num_classes=10), 32, True),
     "torchvision vit_b_16": Entry(lambda: tv.vit_b_16(num_classes=10, image_size=32), 32, True),
     "timm vit_tiny": Entry(
-        lambda: _timm("vit_tiny_patch16_224", img_size=32, patch_size=4), 32, True
+        lambda: _timm("vit_tiny_patch16_224", img_size=32, patch_size=8), 32, True
     ),
     "nn.TransformerEncoder": Entry(ByteModel, 0, True),
     "PreActivation": Entry(foreign.PreActivation, 32, False),
