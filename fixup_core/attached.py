@@ -94,7 +94,7 @@ def attach_after_(module: nn.Module) -> None:
 
 
 def _add_before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    entering = args[0] if args else next(iter(kwargs.values()))
+    entering = args[0] if args else kwargs.get("query", next(iter(kwargs.values())))
     shifted = module.get_submodule(BEFORE)(entering)
     args = tuple(shifted if given is entering else given for given in args)
     return args, {k: shifted if given is entering else given for k, given in kwargs.items()}

@@ -105,7 +105,9 @@ def collect_last_norms(model: nn.Module) -> list[nn.Module]:
 
 def _declarations(model: nn.Module, method: str) -> Iterator[tuple[str, Any]]:
     for path, module in model.named_modules():
-        declare = getattr(module, method, None)
+        # Not getattr alone: wrappers, as torch.compile's, hand what they lack on to what they wrap.
+        own = method in vars(module) or hasattr(type(module), method)
+        declare = getattr(module, method) if own else None
         if callable(declare):
             declared: Iterable[Any] = declare()
             for item in declared:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Generator, nn
 
 from fixup_core.attached import (
@@ -22,7 +23,7 @@ from fixup_core.attached import (
     attach_multiplier_,
 )
 from fixup_core.branches import ResidualBranch, WeightLayer, collect_branches, collect_classifiers
-from fixup_core.errors import UserError
+from fixup_core.errors import UserError, one_line
 from fixup_core.init import fixup_init_
 from fixup_core.report import ConversionReport, ConvertedBranch
 from fixup_core.scalars import scalars
@@ -104,9 +105,9 @@ def fixup_(
         What was found and done; ``str()`` of it is a table.
 
     Raises:
-        UserError: No branch, a branch of one weight layer, branches in branches or layers side by
-            side, a weight used twice, a branch used elsewhere, a parameter that no rule covers, a
-            network that cannot be traced. The network is as it was.
+        UserError: No branch, a branch of one weight layer, branches in branches, layers side by
+            side, a weight that is frozen or used twice, a branch used elsewhere, a parameter that
+            no rule covers, a network that cannot be traced. The network is as it was.
     """
     if any(scalars(network)):
         raise UserError(
@@ -117,10 +118,11 @@ def fixup_(
         plan = _traced_plan(network, example_inputs, head, kinds, keep_norms, allow)
     else:
         plan = _declared_plan(network, branches, head)
+    _check(network, plan)
     if not keep_norms:
         found = network.named_modules(remove_duplicate=False)
         plan.norms |= {p: plan.norms.get(p, False) for p, m in found if isinstance(m, kinds)}
-    with _undone_if_it_fails(network):
+    with _undone_if_it_fails(network, plan):
         _apply_(network, plan)
         init = fixup_init_(
             network,
@@ -169,6 +171,7 @@ def _notes(survey: Survey, keep_norms: bool) -> list[str]:
             f"{len(outside)} weight layers lie outside the branches, more than there are branches; "
             "without norms nothing keeps the size of what they pass on"
         )
+    notes += [f"not taken for a residual branch: {place}" for place in survey.near_joins()]
     functions = survey.by_function()
     if functions:
         notes.append(
@@ -203,18 +206,26 @@ def _declared_plan(network: nn.Module, branches: Branches | None, head: Any) -> 
     else:
         plan.head = _named_head(network, head)
     plan.before += [layer.unit for layer in plan.head if layer.unit]
-    _check_shared(plan)
     return plan
 
 
-def _check_shared(plan: Plan) -> None:
-    owner: dict[str, str] = {}
-    for name, layers, _ in plan.branches:
+def _check(network: nn.Module, plan: Plan) -> None:
+    """Raise unless every weight has one place, and may be written."""
+    owner: dict[int, str] = {}
+    places = [(f"the branch {name!r}", layers) for name, layers, _ in plan.branches]
+    for place, layers in [*places, ("the head", plan.head)]:
         for layer in layers:
-            if owner.setdefault(layer.weight, name) != name:
+            weight = network.get_parameter(layer.weight)
+            if id(weight) in owner:
                 raise UserError(
-                    f"{layer.weight} lies in two branches, {owner[layer.weight]!r} and {name!r}: "
-                    "the rules are for weights of their own"
+                    f"{layer.weight} lies in {owner[id(weight)]} and in {place}: the rules are for "
+                    "weights of their own"
+                )
+            owner[id(weight)] = place
+            if not weight.requires_grad:
+                raise UserError(
+                    f"{layer.weight} is frozen, and would be written: let it learn "
+                    "(requires_grad), or leave its block out by naming the others in branches="
                 )
 
 
@@ -311,21 +322,28 @@ def _report(network: nn.Module, plan: Plan, init: Any, rule: Any) -> ConversionR
 
 
 @contextlib.contextmanager
-def _undone_if_it_fails(network: nn.Module) -> Iterator[None]:
-    """Put every module's parts back where what happens within this context raises."""
-    own = {
-        module: {
-            name: value.copy() if isinstance(value, dict) else value
-            for name, value in vars(module).items()
-        }
-        for module in network.modules()
-    }
+def _undone_if_it_fails(network: nn.Module, plan: Plan) -> Iterator[None]:
+    """Put every module's parts and numbers back where what happens within this context raises."""
+    parts = {module: dict(vars(module)) for module in network.modules()}
+    inner = [d for own in parts.values() for d in own.values() if isinstance(d, dict)]
+    copies = [d.copy() for d in inner]
+    names = [*(name for layer in _layers(plan) for name in (layer.weight, layer.bias)), *plan.gains]
+    written = [network.get_parameter(name) for name in names if name]
+    numbers = [parameter.detach().clone() for parameter in written]
     try:
         yield
-    except BaseException:
-        for module, before in own.items():
+    except BaseException as error:
+        for module, own in parts.items():
             vars(module).clear()
-            vars(module).update(before)
+            vars(module).update(own)
+        for here, copied in zip(inner, copies, strict=True):
+            here.clear()
+            here.update(copied)
+        with torch.no_grad():
+            for parameter, before in zip(written, numbers, strict=True):
+                parameter.copy_(before)
+        if type(error) is ValueError:  # of an initialiser
+            raise UserError(one_line(str(error))) from error
         raise
 
 

@@ -11,16 +11,22 @@ squeeze-and-excite, is a *gate*: its size does not reach the branch's output.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 
 from torch.fx import Node
 
 from fixup_core.errors import UserError
-from fixup_core.tracing import VIEWS, Trace, operation, owner, shape_of
+from fixup_core.tracing import VIEWS, Trace, is_view, operation, owner, shape_of
 
 BOUNDED = frozenset({"softmax", "_softmax", "_safe_softmax", "sigmoid", "hardsigmoid"})
-MULTIPLYING = frozenset({"mul", "matmul", "bmm", "mm", "einsum", "baddbmm"})
+SATURATING = BOUNDED | {"tanh", "erf", "hardtanh", "clamp", "relu6"}
+"""A factor made by one of these is a gate where the other factor is made by none of them, as in an
+activation that is written out: ``0.5 * x * (1 + tanh(...))``."""
+KEEPING_BOUNDS = frozenset({"add", "mul", "div", "rsub", "masked_fill", "nan_to_num"})
+JOINING = frozenset({"add", "sub"})
+MULTIPLYING = frozenset({"mul", "pow", "matmul", "bmm", "mm", "einsum", "baddbmm"})
 ATTENTION = "scaled_dot_product_attention"
 ADDING = frozenset({"add", "cat", "stack", "where", "sub", "addcmul"})
 DROPPING = frozenset({"dropout", "native_dropout", "feature_dropout", "alpha_dropout"})
@@ -85,7 +91,7 @@ def find_branches(trace: Trace) -> list[FoundBranch]:
     found: list[FoundBranch] = []
     joins: set[Node] = set()
     for node in trace.nodes:
-        if operation(node) != "add" or node not in trace.sources:
+        if operation(node) not in JOINING or node not in trace.sources:
             continue
         branch = _branch_of(trace, node, joins)
         if branch is not None:
@@ -94,17 +100,23 @@ def find_branches(trace: Trace) -> list[FoundBranch]:
     return found
 
 
-def near_joins(trace: Trace) -> list[str]:
-    """Modules that put a path together with the path it left otherwise than by addition."""
+def near_joins(trace: Trace, taken: set[Node], kinds: frozenset[str]) -> list[str]:
+    """Modules that put a path together with the path it left by one of the operations ``kinds``,
+    without being among those ``taken``.
+    """
     near = []
     for node in trace.nodes:
-        if operation(node) in ("cat", "mul", "sub", "maximum") and node in trace.sources:
+        if operation(node) in kinds and node in trace.visible and node not in taken:
             given = trace.flowing(node)
-            if len(given) == 2 and any(
-                trace.depends(b, a) and a is not b for a in given for b in given
-            ):
-                near.append(f"{owner(node) or 'the network itself'} ({operation(node)})")
+            later, earlier = max(given, key=_in(trace)), min(given, key=_in(trace))
+            start = trace.depends(later, earlier) and later is not earlier
+            if len(given) == 2 and start and _Walk(trace, earlier, taken, node).layers(later):
+                near.append(_place(node))
     return list(dict.fromkeys(near))
+
+
+def _in(trace: Trace) -> Callable[[Node], int]:
+    return trace.order.__getitem__
 
 
 def _branch_of(trace: Trace, join: Node, joins: set[Node]) -> FoundBranch | None:
@@ -115,6 +127,8 @@ def _branch_of(trace: Trace, join: Node, joins: set[Node]) -> FoundBranch | None
     if parted is None:
         return None
     start, end = parted
+    if operation(join) == "sub" and end is not join.args[1]:
+        return None
     walk = _Walk(trace, start, joins, join)
     layers = walk.layers(end)
     if not layers:
@@ -139,23 +153,22 @@ def _parted(trace: Trace, a: Node, b: Node, joins: set[Node]) -> tuple[Node, Nod
     for shortcut, end in ((a, b), (b, a)):
         if trace.depends(end, shortcut):
             return shortcut, end
-    common = trace.sources[a] & trace.sources[b]
-    if not common:
+    start = trace.parting(a, b)
+    if start is None:
         return None
-    start = max(common, key=trace.order.__getitem__)
     counts = [len(_Walk(trace, start, joins, None).layers(end)) for end in (a, b)]
     if counts[0] == counts[1]:
         return None  # a sum of parallel layers
     shortcut, end = (a, b) if counts[0] < counts[1] else (b, a)
-    return (start, end) if _passes(trace, shortcut, start) else None
+    return (start, end) if _passes(trace, shortcut, start, joins) else None
 
 
-def _passes(trace: Trace, node: Node, start: Node) -> bool:
-    """Whether the way back from ``node`` to ``start`` is what a shortcut may be."""
-    if node is start or not trace.depends(node, start):
+def _passes(trace: Trace, node: Node, start: Node, joins: set[Node]) -> bool:
+    """Whether the way back from ``node`` to ``start``, or to a join on it, is a shortcut's."""
+    if node is start or node in joins or not trace.depends(node, start):
         return True
     known = operation(node) in PASSING
-    return known and all(_passes(trace, given, start) for given in trace.flowing(node))
+    return known and all(_passes(trace, given, start, joins) for given in trace.flowing(node))
 
 
 class _Walk:
@@ -208,10 +221,9 @@ class _Walk:
 
     def _note_gain(self, node: Node) -> None:
         if operation(node) == "mul" and len(self.trace.flowing(node)) == 1:
-            constant = [self.trace.parameters.get(n, frozenset()) for n in node.all_input_nodes]
-            names = frozenset().union(*constant)
-            if len(names) == 1:
-                self.gains.extend(names)
+            for given in node.all_input_nodes:
+                if self.trace.parameters.get(given) and is_view(given):
+                    self.gains.extend(self.trace.parameters[given])
 
     def region(self, end: Node) -> set[Node]:
         """Every node that the branch depends on and the shortcut does not."""
@@ -233,9 +245,8 @@ def _check_users(trace: Trace, join: Node, region: set[Node], walk: _Walk) -> No
     for node, layers in walk.seen.items():
         if not layers or not trace.depends(node, walk.start):
             continue
-        outside = [
-            u for u in node.users if u in trace.visible and u is not join and u not in region
-        ]
+        outside = [u for u in node.users if u is not join and u not in region]
+        outside = [u for u in outside if u in trace.visible and u in trace.sources]
         if outside or node in trace.outputs:
             place = f"in {_place(outside[0])}" if outside else "as an output"
             raise UserError(
@@ -251,21 +262,36 @@ def _main(trace: Trace, node: Node) -> list[Node]:
     if operation(node) == ATTENTION:
         value = node.args[2]
         return [value] if isinstance(value, Node) and value in trace.sources else []
-    if operation(node) in MULTIPLYING and len(given) > 1:
-        return [n for n in given if not is_bounded(trace, n)] or given
-    if operation(node) == "div":
+    if operation(node) == "pow" and node.args[1] in (2, 3, 4):
+        return given * int(str(node.args[1]))
+    if operation(node) in MULTIPLYING:
+        return _free_factors(trace, node)
+    if operation(node) in ("div", "masked_fill"):
         return given[:1]
     return given
 
 
-def is_bounded(trace: Trace, node: Node) -> bool:
-    """Whether a softmax or sigmoid has made it, whatever has been moved or dropped since."""
-    while operation(node) in VIEWS | DROPPING:
+def _free_factors(trace: Trace, node: Node) -> list[Node]:
+    """The factors of a product but for gates; a tensor that is squared counts twice."""
+    twice = [n for n in node.args if isinstance(n, Node) and n in trace.sources]
+    given = twice or trace.flowing(node)
+    for kinds in (BOUNDED, SATURATING):
+        free = [n for n in given if not is_made_by(trace, n, kinds)]
+        if free and len(free) < len(given):
+            return free
+    return given
+
+
+def is_made_by(trace: Trace, node: Node, kinds: frozenset[str]) -> bool:
+    """Whether one of the operations ``kinds`` has made it, whatever moved, dropped, scaled or
+    shifted it since.
+    """
+    while operation(node) in (VIEWS | DROPPING | KEEPING_BOUNDS) - kinds:
         given = trace.flowing(node)
-        if len(given) != 1:
+        if len(given) != 1 and operation(node) not in ("div", "masked_fill"):
             return False
         node = given[0]
-    return operation(node) in BOUNDED
+    return operation(node) in kinds
 
 
 def _check_uses(join: Node, layers: tuple[Use, ...]) -> None:

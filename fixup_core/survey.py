@@ -26,6 +26,7 @@ NORMALISING = frozenset(
     """batch_norm layer_norm group_norm instance_norm rms_norm native_layer_norm native_group_norm
     _native_batch_norm_legit_functional _native_batch_norm_legit _fused_rms_norm""".split()
 )
+NEARLY_JOINING = frozenset({"add", "sub", "lerp", "addcmul", "stack", "maximum"})
 LEFT_ALONE = ADDING | {"embedding", "prelu", "_prelu_kernel", "index", "masked_fill"}
 """What may be done with a parameter in a branch, besides a weight layer, that needs no rule."""
 
@@ -98,20 +99,20 @@ class Survey:
         return layers
 
     def head(self) -> list[Layer]:
-        """The weight layers behind the last branch that no other follows."""
+        """The weight layers outside the branches that none, and no branch, follows."""
         inner = {u.node for branch in self.branches for u in (*branch.layers, *branch.gates)}
-        last = self.branches[-1].join
-        ends = [
-            use
+        later = [use.node for use in self.uses] + [branch.join for branch in self.branches]
+        ends = {
+            use.weight: use
             for use in self.uses
             if use.node not in inner
-            and self.trace.depends(use.node, last)
-            and not any(
-                self.trace.depends(other.node, use.node) and other.node is not use.node
-                for other in self.uses
-            )
-        ]
-        return [Layer(use.weight, use.bias, self._unit(use)) for use in ends]
+            and not any(self.trace.depends(n, use.node) for n in later if n is not use.node)
+        }
+        return [Layer(use.weight, use.bias, self._unit(use)) for use in ends.values()]
+
+    def near_joins(self) -> list[str]:
+        """Where a path meets the one it left, and is not taken for a branch."""
+        return near_joins(self.trace, {branch.join for branch in self.branches}, NEARLY_JOINING)
 
     def outside(self) -> list[str]:
         """Weights of the layers outside all branches but the head."""
@@ -216,10 +217,8 @@ class Survey:
 
 
 def _nothing_found(network: nn.Module, trace: Trace) -> str:
-    near = near_joins(trace)
-    joined = (
-        f"; paths are joined otherwise than by addition in {', '.join(near[:3])}" if near else ""
-    )
+    near = ", ".join(near_joins(trace, set(), NEARLY_JOINING | {"cat", "mul"})[:3])
+    joined = f"; paths are joined otherwise than by addition in {near}" if near else ""
     return (
         f"{type(network).__name__} has no residual branch, no path that is added to where it "
         f"started from{joined}: name branches by branches= if there are any"

@@ -7,6 +7,8 @@ by what they depend on: *flowing* ones on the network's inputs, the others on pa
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,6 +30,11 @@ VIEWS = frozenset(
     _to_copy to""".split()
 )
 """Operations that move numbers and leave them as they are."""
+UNLEARNT = frozenset(
+    """new_empty empty_like rand_like randn_like new_zeros new_ones zeros_like ones_like new_full
+    full_like bernoulli lt gt le ge eq ne logical_not logical_and logical_or argmax sign""".split()
+)
+"""Operations that pass no gradient on, as those that make masks: what they give is a constant."""
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -40,9 +47,10 @@ class Trace:
         inputs: A tensor, a tuple of arguments or a mapping of named ones.
 
     Attributes:
-        nodes: In the order of the forward pass.
+        nodes: In the order of the forward pass; ``order`` is each one's number.
         parameters: For a node that depends on parameters alone, their names.
-        sources: For a flowing node, itself and the flowing nodes that it depends on.
+        sources: For a flowing node, itself and the flowing nodes that it depends on, as the bits of
+            their numbers.
         outputs: The nodes that the network returns.
         visible: The nodes that these depend on.
 
@@ -58,12 +66,12 @@ class Trace:
         self.nodes = list(program.graph.nodes)
         self.order = {node: number for number, node in enumerate(self.nodes)}
         self.parameters: dict[Node, frozenset[str]] = {}
-        self.sources: dict[Node, frozenset[Node]] = {}
+        self.sources: dict[Node, int] = {}
         for node in self.nodes:
             if node.name in own:
                 self.parameters[node] = frozenset({own[node.name]})
             elif node.name in entering:
-                self.sources[node] = frozenset({node})
+                self.sources[node] = 1 << self.order[node]
             elif node.op == "call_function":
                 self._add(node)
         self.outputs = {node for node in self.nodes if node.name in signature.user_outputs}
@@ -80,9 +88,9 @@ class Trace:
         return reaching
 
     def _add(self, node: Node) -> None:
-        flowing = [given for given in node.all_input_nodes if given in self.sources]
-        if flowing:
-            self.sources[node] = frozenset({node}).union(*(self.sources[n] for n in flowing))
+        flowing = [self.sources[n] for n in node.all_input_nodes if n in self.sources]
+        if flowing and operation(node) not in UNLEARNT:
+            self.sources[node] = functools.reduce(operator.or_, flowing, 1 << self.order[node])
         else:
             given = [self.parameters.get(n, frozenset()) for n in node.all_input_nodes]
             self.parameters[node] = frozenset().union(*given)
@@ -93,7 +101,12 @@ class Trace:
 
     def depends(self, node: Node, on: Node) -> bool:
         """Whether ``node`` is ``on`` or computed from it."""
-        return on in self.sources.get(node, ())
+        return bool(self.sources.get(node, 0) >> self.order[on] & 1)
+
+    def parting(self, a: Node, b: Node) -> Node | None:
+        """The last node that two others both depend on."""
+        common = self.sources[a] & self.sources[b]
+        return self.nodes[common.bit_length() - 1] if common else None
 
     def weight(self, node: Node) -> tuple[str, str | None] | None:
         """The parameters whose product with what flows a node is: those of weight and bias.
@@ -108,14 +121,18 @@ class Trace:
         if not matrices:
             return None
         names = self.parameters[matrices[0]]
-        if len(names) > 1 or not _is_view(matrices[0]):
+        if len(names) > 1 or not is_view(matrices[0]):
             raise UserError(
                 f"the weight of {owner(node) or 'the network'} is computed from "
                 f"{', '.join(sorted(names))}: remove its parametrisation first "
                 "(torch.nn.utils.parametrize.remove_parametrizations)"
             )
-        biases = [self.parameters[n] for n in constant if n is not matrices[0]]
-        return next(iter(names)), next(iter(biases[0])) if biases else None
+        name = next(iter(names))
+        others = [n for n in constant if n is not matrices[0] and is_view(n)]
+        biases = sorted(
+            b for n in others for b in self.parameters[n] if _holder(b) == _holder(name)
+        )
+        return name, biases[0] if biases else None
 
 
 def operation(node: Node) -> str:
@@ -145,7 +162,12 @@ def _clean(path: str) -> str:
     return path.removeprefix("L['self'].").removeprefix("L['self']").split("@")[0]
 
 
-def _is_view(node: Node) -> bool:
+def _holder(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node is a parameter, moved at the most."""
     while node.op != "placeholder":
         if operation(node) not in VIEWS or not node.all_input_nodes:
             return False
@@ -164,7 +186,8 @@ def _exported(network: nn.Module, inputs: Inputs) -> Any:
     try:
         with warnings.catch_warnings(), _masks_taken_as_told():
             warnings.simplefilter("ignore")
-            program = torch.export.export(network.train(), args, kwargs, strict=False)
+            network.train()
+            program = torch.export.export(network, args, kwargs, strict=False)
             return program.run_decompositions({})
     except Exception as error:
         raise UserError(

@@ -45,12 +45,12 @@ def group_mark(group: int) -> Tensor:
 
 
 def reorder_encoder_out(
-    encoder_out: Dict[str, List[Tensor]], order: Tensor
+    encoder_out: Dict[str, List[Tensor]], order: Tensor, shares: bool
 ) -> Dict[str, List[Tensor]]:
     """Encoder output of fairseq for hypotheses in a new order, with a mark under ``"group"``."""
     rows = encoder_out["encoder_out"][0].size(1)
     group = encoder_out["group"][0].size(0) if "group" in encoder_out else 1
-    sentences, group = sentence_order(order, group, rows)
+    sentences, group = sentence_order(order, group, rows) if shares else (order, 1)
     unmoved = is_identity(sentences, rows)
     reordered: Dict[str, List[Tensor]] = {}
     for name, tensors in encoder_out.items():

@@ -53,6 +53,8 @@ class FixupEncoder(TransformerEncoderBase):
         self.vocabulary = VocabularyDigest(dictionary, "source")
         self.autocast = DTYPES[str(cfg.fixup_autocast)]
         self.compiles = bool(cfg.fixup_compile)
+        # Cross-self-attention joins the sentence to the pieces of every hypothesis.
+        self.shares = not cfg.cross_self_attention
 
     def upgrade_state_dict_named(self, state_dict: dict, name: str) -> dict:
         """Nothing to do: there are no old checkpoints. fairseq's takes a state dict without a
@@ -82,7 +84,7 @@ class FixupEncoder(TransformerEncoderBase):
         stand side by side: in place of a copy of the sentence for each of them, ``"group"`` says
         how many share it. Differs: fairseq copies everything, anew for every piece.
         """
-        return reorder_encoder_out(encoder_out, new_order)
+        return reorder_encoder_out(encoder_out, new_order, self.shares)
 
     def forward(
         self,

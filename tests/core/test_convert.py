@@ -84,6 +84,11 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int, set[int]]] = {
     "seresnet": (_timm("seresnet33ts"), 10, {3}),
     "resnetv2": (_timm("resnetv2_50"), 16, {3}),
     "timm vit": (_timm("vit_tiny_patch16_224", img_size=32), 24, {2}),
+    "timm vit, drop path": (
+        _timm("vit_tiny_patch16_224", img_size=32, depth=2, drop_path_rate=0.5),
+        4,
+        {2},
+    ),
     "timm mixer": (_timm("mixer_s16_224", img_size=32), 16, {2}),
     "timm convnext": (_timm("convnext_atto"), 12, {3}),
     "encoder": (Encoder, 4, {2}),
@@ -400,6 +405,98 @@ REFUSED = {
 }
 
 
+def _gelu(u: Tensor) -> Tensor:
+    return 0.5 * u * (1 + torch.tanh(0.797 * (u + 0.0447 * u**3)))
+
+
+def _attention(n: Any, x: Tensor, made: Callable[[Tensor], Tensor]) -> Tensor:
+    return n.d(made(torch.softmax(n.a(x) @ n.b(x).transpose(-1, -2), dim=-1)) @ n.c(x))
+
+
+FOUND: dict[str, tuple[Callable[[Any, Tensor], Any], list[tuple[str, ...]]]] = {
+    "an activation written out": (lambda n, x: n.e(x + n.b(_gelu(n.a(x)))), [("a", "b")]),
+    "a product of two layers": (
+        lambda n, x: n.e(x + n.c(F.silu(n.a(x)) * n.b(x))),
+        [("a", "b", "c")],
+    ),
+    "a squared activation": (lambda n, x: n.e(x + n.b(F.relu(n.a(x)) ** 2)), [("a", "a", "b")]),
+    "a gate written out": (
+        lambda n, x: n.e(x + n.b(n.a(x)) * F.relu6(n.c(x) + 3) / 6),
+        [("a", "b")],
+    ),
+    "weights scaled behind the softmax": (
+        lambda n, x: n.e(x + _attention(n, x, lambda w: (w * 0.9).masked_fill(w < 0.01, 0.0))),
+        [("c", "d")],
+    ),
+    "two branches beside one another": (
+        lambda n, x: n.e(x + n.b(F.gelu(n.a(n.norm(x)))) + n.d(F.gelu(n.c(x)))),
+        [("a", "b"), ("c", "d")],
+    ),
+    "a branch taken off": (lambda n, x: n.e(x - n.b(F.relu(n.a(x)))), [("a", "b")]),
+    "a mask drawn anew": (
+        lambda n, x: n.e(x + n.b(F.relu(n.a(x))) * (torch.rand_like(x) < 0.9)),
+        [("a", "b")],
+    ),
+    "a branch scaled": (lambda n, x: n.e(x + 0.5 * n.b(F.relu(n.a(x)))), [("a", "b")]),
+    "a head in two places": (
+        lambda n, x: (lambda y: (n.e(y), n.e(y.flip(1))))(x + n.b(F.relu(n.a(x)))),
+        [("a", "b")],
+    ),
+    "a head in the middle": (
+        lambda n, x: (lambda y: (n.f(y), n.e(y + n.d(F.relu(n.c(y))))))(x + n.b(F.relu(n.a(x)))),
+        [("a", "b"), ("c", "d")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_branch_is_the_product_of_its_layers(name: str) -> None:
+    forward, expected = FOUND[name]
+    net, x = Net(forward), torch.randn(2, 3, 8)
+    report = fixup_(net, example_inputs=x, verbose=False)
+    branches = collect_branches(net)
+    paths = {id(module): path for path, module in net.named_modules()}
+    found = [
+        tuple(paths[id(layer.module)] for layer in b.layers for _ in range(layer.copies))
+        for b in branches
+    ]
+    assert found == expected and [b.m for b in report.branches] == [len(e) for e in expected]
+    outputs = net(x)
+    for output in outputs if isinstance(outputs, tuple) else (outputs,):
+        assert not output.any()
+
+
+def test_other_ways_to_join_are_noted() -> None:
+    net = Net(lambda n, x: n.e(torch.lerp(y := x + n.b(n.a(x)), n.d(n.c(y)), 0.5)))
+    report = fixup_(net, example_inputs=torch.randn(2, 3, 8), verbose=False)
+    assert any("not taken for a residual branch" in n and "lerp" in n for n in report.notes)
+
+
+def test_frozen_weights_are_refused() -> None:
+    net = Net(lambda n, x: n.e(x + n.b(n.a(x))))
+    net.a.requires_grad_(False)
+    _left_alone(net, "a.weight is frozen", example_inputs=torch.randn(2, 3, 8))
+
+
+def test_a_compiled_network_declares_its_branches_once() -> None:
+    net = PreActivation()
+    fixup_(net, example_inputs=IMAGES, verbose=False)
+    assert len(collect_branches(torch.compile(net))) == 4
+
+
+def test_a_users_hook_can_be_removed_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, called = PreActivation(), []
+    handle = net.stem.register_forward_hook(lambda *_: called.append(1))
+    monkeypatch.setattr("fixup_core.convert._report", lambda *_: 1 / 0)
+    monkeypatch.setattr("fixup_core.convert.fixup_init_", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fixup_(net, example_inputs=IMAGES, verbose=False)
+    handle.remove()
+    called.clear()
+    net(IMAGES)
+    assert not called
+
+
 @pytest.mark.parametrize("forward", REFUSED, ids=lambda f: f.__name__)
 def test_what_no_rule_covers_is_refused_and_the_network_left_alone(forward: Any) -> None:
     net = Net(forward)
@@ -434,7 +531,7 @@ def _left_alone(net: nn.Module, message: str, **options: Any) -> None:
         ({"branches": {"x": ["blocks.0.1", "no"]}, "head": "fc"}, "no module 'no'"),
         (
             {"branches": BRANCHES | {"x": ["blocks.0.1", "blocks.0.3"]}, "head": "fc"},
-            "blocks.0.1.weight lies in two branches, 'blocks.0' and 'x'",
+            "blocks.0.1.weight lies in the branch 'blocks.0' and in the branch 'x'",
         ),
     ],
 )

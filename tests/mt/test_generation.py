@@ -55,6 +55,15 @@ def test_sharing_a_sentence_finds_what_copying_it_finds(beam: int, options: dict
                 torch.testing.assert_close(mine["attention"], other["attention"])
 
 
+def test_cross_self_attention_copies_sentences_as_fairseq_does() -> None:
+    torch.manual_seed(0)
+    model = trained(build(cross_self_attention=True, no_cross_attention=True))
+    for ours, theirs in zip(
+        _search(model, beam_size=3), _search(_copying(model), beam_size=3), strict=True
+    ):
+        assert torch.equal(ours[0]["tokens"], theirs[0]["tokens"])
+
+
 def test_the_search_does_share_sentences() -> None:
     model, seen = trained(build()), []
     attention = model.decoder.layers[0].encoder_attn
