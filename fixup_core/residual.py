@@ -11,7 +11,6 @@ squeeze-and-excite, is a *gate*: its size does not reach the branch's output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -106,17 +105,12 @@ def near_joins(trace: Trace, taken: set[Node], kinds: frozenset[str]) -> list[st
     """
     near = []
     for node in trace.nodes:
-        if operation(node) in kinds and node in trace.visible and node not in taken:
-            given = trace.flowing(node)
-            later, earlier = max(given, key=_in(trace)), min(given, key=_in(trace))
-            start = trace.depends(later, earlier) and later is not earlier
-            if len(given) == 2 and start and _Walk(trace, earlier, taken, node).layers(later):
+        given = sorted(trace.flowing(node), key=trace.order.__getitem__)
+        known = operation(node) in kinds and node in trace.visible and node not in taken
+        if known and len(given) == 2 and trace.depends(given[1], given[0]):
+            if _Walk(trace, given[0], taken, node).layers(given[1]):
                 near.append(_place(node))
     return list(dict.fromkeys(near))
-
-
-def _in(trace: Trace) -> Callable[[Node], int]:
-    return trace.order.__getitem__
 
 
 def _branch_of(trace: Trace, join: Node, joins: set[Node]) -> FoundBranch | None:

@@ -80,6 +80,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int, set[int]]] = {
     "resnet50": (_torchvision("resnet50"), 16, {3}),
     "convnext_tiny": (_torchvision("convnext_tiny"), 18, {3}),
     "vit_b_16": (_torchvision("vit_b_16", image_size=32), 24, {2}),
+    "swin_t": (_torchvision("swin_t"), 24, {2}),
     "resnet50d": (_timm("resnet50d"), 16, {3}),
     "seresnet": (_timm("seresnet33ts"), 10, {3}),
     "resnetv2": (_timm("resnetv2_50"), 16, {3}),
