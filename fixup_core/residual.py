@@ -107,9 +107,9 @@ def near_joins(trace: Trace, taken: set[Node], kinds: frozenset[str]) -> list[st
     for node in trace.nodes:
         given = sorted(trace.flowing(node), key=trace.order.__getitem__)
         known = operation(node) in kinds and node in trace.visible and node not in taken
-        if known and len(given) == 2 and trace.depends(given[1], given[0]):
-            if _Walk(trace, given[0], taken, node).layers(given[1]):
-                near.append(_place(node))
+        parted = known and len(given) == 2 and trace.depends(given[1], given[0])
+        if parted and _Walk(trace, given[0], taken, node).layers(given[1]):
+            near.append(_place(node))
     return list(dict.fromkeys(near))
 
 
