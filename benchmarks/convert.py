@@ -32,7 +32,7 @@ from tests.core import foreign
 
 CONTESTANTS = ("as it is", "fixup_")
 KINDS = ("seconds", *CONTESTANTS)
-SGD, ADAM = (0.1, 0.2, 0.4), (0.001, 0.003, 0.008)
+SGD, ADAM, VIT = (0.1, 0.2, 0.4), (0.001, 0.003, 0.008), (0.0001, 0.0003, 0.001)
 BLOCK = 64
 """Bytes that the language model reads at a time."""
 
@@ -61,27 +61,31 @@ class ByteModel(nn.Module):
 
 @dataclass(frozen=True)
 class Entry:
-    """A network, how large its images are (0: text) and how it is trained."""
+    """A network, how large its images are (0: text), its learning rates, AdamW's or SGD's."""
 
     make: Callable[[], nn.Module]
     side: int
-    adam: bool
+    rates: tuple[float, ...]
+
+    @property
+    def adam(self) -> bool:
+        return self.rates is not SGD
 
 
 tv = torchvision.models
 NETS = {
-    "torchvision resnet18": Entry(lambda: tv.resnet18(num_classes=10), 32, False),
-    "torchvision resnet50": Entry(lambda: tv.resnet50(num_classes=10), 32, False),
-    "timm resnet50d": Entry(lambda: _timm("resnet50d"), 32, False),
-    "torchvision convnext_tiny": Entry(lambda: tv.convnext_tiny(num_classes=10), 32, True),
-    "torchvision vit_b_16": Entry(lambda: tv.vit_b_16(num_classes=10, image_size=32), 32, True),
+    "torchvision resnet18": Entry(lambda: tv.resnet18(num_classes=10), 32, SGD),
+    "torchvision resnet50": Entry(lambda: tv.resnet50(num_classes=10), 32, SGD),
+    "timm resnet50d": Entry(lambda: _timm("resnet50d"), 32, SGD),
+    "torchvision convnext_tiny": Entry(lambda: tv.convnext_tiny(num_classes=10), 32, ADAM),
+    "torchvision vit_b_16": Entry(lambda: tv.vit_b_16(num_classes=10, image_size=32), 32, VIT),
     "timm vit_tiny": Entry(
         lambda: _timm("vit_tiny_patch16_224", img_size=32, patch_size=8), 32, True
     ),
-    "nn.TransformerEncoder": Entry(ByteModel, 0, True),
-    "PreActivation": Entry(foreign.PreActivation, 32, False),
-    "Separable": Entry(foreign.Separable, 32, False),
-    "GatedMlp": Entry(foreign.GatedMlp, 32, True),
+    "nn.TransformerEncoder": Entry(ByteModel, 0, ADAM),
+    "PreActivation": Entry(foreign.PreActivation, 32, SGD),
+    "Separable": Entry(foreign.Separable, 32, SGD),
+    "GatedMlp": Entry(foreign.GatedMlp, 32, ADAM),
 }
 
 
@@ -161,13 +165,12 @@ def _measure(
     name: str, data: Data, args: argparse.Namespace, done: set[tuple[Any, ...]]
 ) -> Iterator[dict[str, Any]]:
     entry = NETS[name]
-    rates = ADAM if entry.adam else SGD
     nets = {contestant: _net(entry, contestant, data) for contestant in CONTESTANTS}
     if (name, "seconds", 0.0) not in done:
         seconds = compare({c: _step(net, entry, data) for c, net in nets.items()}, args.rounds)
         yield {"net": name, "contestant": "seconds", "lr": 0.0, "seconds": seconds}
     for contestant in CONTESTANTS:
-        for lr in rates:
+        for lr in entry.rates:
             if (name, contestant, lr) not in done:
                 loss, score = _train(_net(entry, contestant, data), entry, lr, data, args.steps)
                 yield {
