@@ -80,7 +80,7 @@ NETS = {
     "torchvision convnext_tiny": Entry(lambda: tv.convnext_tiny(num_classes=10), 32, ADAM),
     "torchvision vit_b_16": Entry(lambda: tv.vit_b_16(num_classes=10, image_size=32), 32, VIT),
     "timm vit_tiny": Entry(
-        lambda: _timm("vit_tiny_patch16_224", img_size=32, patch_size=8), 32, True
+        lambda: _timm("vit_tiny_patch16_224", img_size=32, patch_size=8), 32, VIT
     ),
     "nn.TransformerEncoder": Entry(ByteModel, 0, ADAM),
     "PreActivation": Entry(foreign.PreActivation, 32, SGD),
