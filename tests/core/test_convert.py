@@ -100,7 +100,12 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int, set[int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", NETS)
+SLOW = {"seresnet", "resnetv2", "timm mixer", "timm convnext", "swin_t"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NETS]
+)
 def test_branches_are_found_and_logits_start_at_zero(name: str) -> None:
     make, num_branches, depths = NETS[name]
     net = make()

@@ -41,6 +41,7 @@ def test_the_vision_benchmark_times_every_contestant(tmp_path: Path) -> None:
         assert all(value > 0 for value in row["peak"].values())
 
 
+@pytest.mark.slow
 def test_the_growth_benchmark_sees_what_checkpointing_saves(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     flags = ["--depths", "20", "56", "--images", "4", "--rounds", "1", "--threads", "1"]

@@ -20,6 +20,7 @@ def _run(script: str, *flags: object) -> str:
     return subprocess.run(line, capture_output=True, text=True, env=env, check=True).stdout
 
 
+@pytest.mark.slow
 def test_the_bounds_are_measured_and_drawn(tmp_path: Path) -> None:
     file = tmp_path / "bounds.png"
     out = _run("bounds.py", "--file", file, "--depths", 8, "--steps", 1)

@@ -128,6 +128,7 @@ def test_two_processes_go_on_with_the_metrics_of_both(tmp_path: Path) -> None:
         assert both.last(name) == pytest.approx(one.last(name), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_a_validation_at_the_end_of_an_epoch(tmp_path: Path) -> None:
     """The metrics were saved before they were taken: both processes must take them."""
     two = (
