@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def _parse() -> argparse.Namespace:
     add("--text", type=Path, help="a text; its last tenth is for validation")
     add("--output", type=Path, default=Path("runs/convert"), help="default: runs/convert")
     add("--nets", nargs="+", default=list(NETS), choices=list(NETS))
-    add("--steps", type=int, default=150, help="default: 150")
+    add("--steps", type=int, default=150, help="default: 150; 0: times alone")
     add("--batch", type=int, default=64, help="default: 64")
     add("--rounds", type=int, default=5, help="of timing (default: 5)")
     add("--threads", type=int, default=2, help="default: 2")
@@ -169,7 +170,7 @@ def _measure(
     if (name, "seconds", 0.0) not in done:
         seconds = compare({c: _step(net, entry, data) for c, net in nets.items()}, args.rounds)
         yield {"net": name, "contestant": "seconds", "lr": 0.0, "seconds": seconds}
-    for contestant in CONTESTANTS:
+    for contestant in CONTESTANTS if args.steps else ():
         for lr in entry.rates:
             if (name, contestant, lr) not in done:
                 loss, score = _train(_net(entry, contestant, data), entry, lr, data, args.steps)
@@ -239,6 +240,10 @@ def _score(net: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> tuple[float,
     return sum(losses) / len(losses), sum(right) / len(right)
 
 
+def _finite_loss(row: dict[str, Any]) -> float:
+    return row["loss"] if math.isfinite(row["loss"]) else math.inf
+
+
 def _print_table(rows: list[dict[str, Any]]) -> None:
     print("| network | step, ratio | loss: as it is | `fixup_` | accuracy: as it is | `fixup_` |")
     print("|---|---|---|---|---|---|")
@@ -246,7 +251,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         found = {c: [r for r in rows if (r["net"], r["contestant"]) == (name, c)] for c in KINDS}
         if all(found.values()):
             seconds = found["seconds"][0]["seconds"]["fixup_"]["median_ratio"]
-            best = [min(found[c], key=lambda row: row["loss"]) for c in CONTESTANTS]
+            best = [min(found[c], key=_finite_loss) for c in CONTESTANTS]
             losses = " | ".join(f"{row['loss']:.3f}" for row in best)
             scores = " | ".join(f"{100 * row['score']:.1f} %" for row in best)
             print(f"| {name} | {seconds:.2f} | {losses} | {scores} |")
