@@ -25,12 +25,12 @@ from fixup_core.branches import ResidualBranch, WeightLayer, collect_branches, c
 from fixup_core.errors import UserError, one_line
 from fixup_core.init import fixup_init_
 from fixup_core.plan import Branches, Plan, check, declared_plan, traced_plan
+from fixup_core.probing import Inputs
 from fixup_core.report import ConversionReport, ConvertedBranch
 from fixup_core.scalars import scalars
 from fixup_core.scaling import branch_scale
 from fixup_core.standards import CONVOLUTIONS, HE_PER_GROUP, NORMS, XAVIER_UNIFORM
 from fixup_core.survey import Layer
-from fixup_core.tracing import Inputs
 
 
 def fixup_(
@@ -152,9 +152,7 @@ def _weight_layer(network: nn.Module, layer: Layer) -> WeightLayer:
 
 
 def _kept(network: nn.Module, plan: Plan) -> list[nn.Parameter]:
-    written = {name for layer in plan.layers() for name in (layer.weight, layer.bias)}
-    written |= set(plan.gains)
-    drawn = {id(network.get_parameter(name)) for name in written if name}
+    drawn = {id(network.get_parameter(name)) for name in plan.written()}
     drawn |= {id(scalar.weight) for scalar in scalars(network)}
     tied = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
     return [p for p in network.parameters() if id(p) not in drawn or id(p) in tied]
@@ -189,8 +187,7 @@ def _undone_if_it_fails(network: nn.Module, plan: Plan) -> Iterator[None]:
     parts = {module: dict(vars(module)) for module in network.modules()}
     inner = [d for own in parts.values() for d in own.values() if isinstance(d, dict)]
     copies = [d.copy() for d in inner]
-    names = [*(name for layer in plan.layers() for name in (layer.weight, layer.bias)), *plan.gains]
-    written = [network.get_parameter(name) for name in names if name]
+    written = [network.get_parameter(name) for name in plan.written()]
     numbers = [parameter.detach().clone() for parameter in written]
     try:
         yield

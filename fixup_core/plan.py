@@ -10,8 +10,8 @@ from torch import nn
 
 from fixup_core.branches import collect_branches, collect_classifiers
 from fixup_core.errors import UserError
+from fixup_core.probing import Inputs
 from fixup_core.survey import Layer, Survey
-from fixup_core.tracing import Inputs
 
 Branches = Mapping[str, Sequence[str]]
 
@@ -44,6 +44,11 @@ class Plan:
         """Those of the branches, then the head's."""
         return [layer for _, layers, _ in self.branches for layer in layers] + self.head
 
+    def written(self) -> list[str]:
+        """Names of the parameters that will be written."""
+        names = [name for layer in self.layers() for name in (layer.weight, layer.bias)]
+        return [name for name in names if name] + self.gains
+
 
 def traced_plan(
     network: nn.Module,
@@ -64,7 +69,7 @@ def traced_plan(
         plan.before += [layer.unit for layer in layers if layer.unit and layer.enters]
         if layers[-1].unit:
             plan.multiplied.append(layers[-1].unit)
-    plan.head = _named_head(network, head) if head is not None else survey.head()
+    plan.head = _named_head(network, head) if head is not None else survey.head
     plan.before += [layer.unit for layer in plan.head if layer.unit]
     survey.place_activation_biases(plan.after, plan.norms)
     plan.before, plan.after = list(dict.fromkeys(plan.before)), list(dict.fromkeys(plan.after))
@@ -73,7 +78,7 @@ def traced_plan(
 
 def _notes(survey: Survey, keep_norms: bool) -> list[str]:
     notes, outside = [], survey.outside()
-    if not survey.head():
+    if not survey.head:
         notes.append("no weight layer follows the last branch: there is no head to be 0")
     if len(outside) > len(survey.branches) and not keep_norms:
         notes.append(
@@ -93,8 +98,8 @@ def _notes(survey: Survey, keep_norms: bool) -> list[str]:
 def declared_plan(network: nn.Module, branches: Branches | None, head: Any) -> Plan:
     """What is named, by the user or by the network's own ``residual_branches()``."""
     plan = Plan()
+    paths = {id(module): path for path, module in network.named_modules()}
     if branches is None:
-        paths = {id(module): path for path, module in network.named_modules()}
         found = {b.name: [paths[id(w.module)] for w in b.layers] for b in collect_branches(network)}
     else:
         found = {name: list(layers) for name, layers in branches.items()}
@@ -109,7 +114,6 @@ def declared_plan(network: nn.Module, branches: Branches | None, head: Any) -> P
         plan.multiplied.append(layers[-1])
     declared = list(collect_classifiers(network))
     if head is None and declared:
-        paths = {id(module): path for path, module in network.named_modules()}
         plan.head = [_layer_at(network, paths[id(layer)]) for layer in declared]
     elif head is None:
         raise UserError("name the output layer by head=, or say head=False: there is none")

@@ -30,7 +30,7 @@ def outputs_of(net: nn.Module, inputs: Inputs, replaced: Mapping[str, Tensor] | 
     """
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     values = {**buffers, **(replaced or {})}
-    args, options = _arguments(inputs)
+    args, options = arguments_of(inputs)
     devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
         return functional_call(net, values, args, options)
@@ -114,7 +114,8 @@ def first_tensor(value: Any) -> Tensor | None:
     return next((tensor for tensor in found if tensor is not None), None)
 
 
-def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}

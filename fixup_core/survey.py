@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 from torch.fx import Node
 
 from fixup_core.errors import UserError
+from fixup_core.probing import Inputs
 from fixup_core.residual import (
     ACTIVATIONS,
     ADDING,
@@ -20,7 +22,7 @@ from fixup_core.residual import (
     find_branches,
     near_joins,
 )
-from fixup_core.tracing import VIEWS, Inputs, Trace, operation, owner, stack
+from fixup_core.tracing import VIEWS, Trace, operation, owner, stack
 
 NORMALISING = frozenset(
     """batch_norm layer_norm group_norm instance_norm rms_norm native_layer_norm native_group_norm
@@ -98,6 +100,7 @@ class Survey:
             layers.append(Layer(use.weight, use.bias, self._unit(use), copies[use.weight], enters))
         return layers
 
+    @cached_property
     def head(self) -> list[Layer]:
         """The weight layers outside the branches that none, and no branch, follows."""
         inner = {u.node for branch in self.branches for u in (*branch.layers, *branch.gates)}
@@ -117,13 +120,13 @@ class Survey:
     def outside(self) -> list[str]:
         """Weights of the layers outside all branches but the head."""
         inner = {node for branch in self.branches for node in branch.inside}
-        head = {layer.weight for layer in self.head()}
+        head = {layer.weight for layer in self.head}
         return [u.weight for u in self.uses if u.node not in inner and u.weight not in head]
 
     def by_function(self) -> list[str]:
         """Weights of branches and head to whose layers no scalar can be attached."""
         layers = [layer for branch in self.branches for layer in self.layers(branch)]
-        return [layer.weight for layer in (*layers, *self.head()) if not layer.unit]
+        return [layer.weight for layer in (*layers, *self.head) if not layer.unit]
 
     def gains(self) -> list[str]:
         """Parameters that multiply a branch element by element; every other one in a branch must be

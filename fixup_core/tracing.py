@@ -10,7 +10,7 @@ import contextlib
 import functools
 import operator
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fixup_core.errors import UserError, one_line
+from fixup_core.probing import Inputs, arguments_of
 
 PRODUCTS = frozenset(
     """linear conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d
@@ -35,8 +36,6 @@ UNLEARNT = frozenset(
     full_like bernoulli lt gt le ge eq ne logical_not logical_and logical_or argmax sign""".split()
 )
 """Operations that pass no gradient on, as those that make masks: what they give is a constant."""
-
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 class Trace:
@@ -176,12 +175,7 @@ def is_view(node: Node) -> bool:
 
 
 def _exported(network: nn.Module, inputs: Inputs) -> Any:
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(inputs, Mapping):
-        kwargs = dict(inputs)
-    else:
-        args = inputs if isinstance(inputs, tuple) else (inputs,)
+    args, kwargs = arguments_of(inputs)
     modes = {module: module.training for module in network.modules()}
     try:
         with warnings.catch_warnings(), _masks_taken_as_told():
