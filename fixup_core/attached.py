@@ -10,26 +10,56 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fixup_core.scalars import ScalarBias, ScalarMultiplier
+from fixup_core.standards import BATCH_NORMS
 
 BEFORE, MULTIPLIER, AFTER = "fixup_before", "fixup_multiplier", "fixup_after"
 
 
+class Constant(nn.Module):
+    """What a normalisation layer does to one batch, made a constant: ``x * scale + shift``.
+
+    Nothing in it is learnt. At first it is the identity (``fixup_core.calibration`` sets it).
+
+    Args:
+        norm: Of a BatchNorm scale and shift have one number a channel, shape [C], of all others
+            one number, shape [].
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        size = (norm.num_features,) if isinstance(norm, BATCH_NORMS) else ()
+        self.register_buffer("scale", torch.ones(size))
+        self.register_buffer("shift", torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = (-1, *[1] * (x.dim() - 2)) if self.scale.dim() else ()
+        scale, shift = (part.to(x.dtype).view(size) for part in (self.scale, self.shift))
+        return torch.addcmul(shift, x, scale)
+
+
 class NoNorm(nn.Module):
-    """Stands where a normalisation layer stood: the identity, or a scalar bias.
+    """Stands where a normalisation layer stood: the identity, a constant, a scalar bias.
 
     Args:
         norm: What was there; an activation or dropout that is part of it (as in timm's
             ``BatchNormAct2d``) stays.
         shifted: With a scalar bias, for the activation that follows.
+        constant: With what the layer does to one batch.
     """
 
     eps, weight, bias = 0.0, None, None  # looked at by nn.TransformerEncoder
 
-    def __init__(self, norm: nn.Module, *, shifted: bool = False) -> None:
+    def __init__(self, norm: nn.Module, *, shifted: bool = False, constant: bool = False) -> None:
         super().__init__()
+        if constant:
+            self.add_module("constant", Constant(norm))
         if shifted:
             self.add_module("shift", ScalarBias())
         for name in ("drop", "act"):

@@ -22,6 +22,7 @@ from fixup_core.attached import (
     attach_multiplier_,
 )
 from fixup_core.branches import ResidualBranch, WeightLayer, collect_branches, collect_classifiers
+from fixup_core.calibration import calibrate_
 from fixup_core.errors import UserError, one_line
 from fixup_core.init import fixup_init_
 from fixup_core.plan import Branches, Plan, check, declared_plan, traced_plan
@@ -42,6 +43,7 @@ def fixup_(
     keep_norms: bool = False,
     norms: tuple[type[nn.Module], ...] = (),
     allow: Sequence[str] = (),
+    calibrate: bool = False,
     rule: Callable[[int, int], float] = branch_scale,
     generator: Generator | None = None,
     verbose: bool = True,
@@ -70,6 +72,11 @@ def fixup_(
         norms: More types of normalisation layers than PyTorch's.
         allow: Paths of modules or parameters in branches that no rule covers, to be left as they
             are.
+        calibrate: ``example_inputs`` are a batch of real data, and what the norms have done to it
+            stays: the biases before weight layers start at minus the mean of what comes in, and
+            norms outside the branches, or before a branch's first layer, become constants
+            (``fixup_core.calibration``). Not in the paper; data-dependent as LSUV is (Mishkin and
+            Matas 2016), of scalars and constants only.
         rule: ``rule(L, m)`` is the factor inside a branch.
         generator: Source of the random numbers; PyTorch's own by default.
         verbose: Print the report.
@@ -86,6 +93,11 @@ def fixup_(
         raise UserError(
             f"{type(network).__name__} has Fixup's scalars already: fixup_init_ draws it anew"
         )
+    if calibrate and (example_inputs is None or keep_norms):
+        raise UserError(
+            "calibrate=True needs a batch of real data, example_inputs=, and norms to take away "
+            "(keep_norms=False)"
+        )
     kinds = (*NORMS, *norms)
     if branches is None and not collect_branches(network):
         plan = traced_plan(network, example_inputs, head, kinds, keep_norms, allow)
@@ -96,7 +108,7 @@ def fixup_(
         found = network.named_modules(remove_duplicate=False)
         plan.norms |= {p: plan.norms.get(p, False) for p, m in found if isinstance(m, kinds)}
     with _undone_if_it_fails(network, plan):
-        _apply_(network, plan)
+        _apply_(network, plan, calibrate)
         init = fixup_init_(
             network,
             rule=rule,
@@ -104,18 +116,21 @@ def fixup_(
             gains=[network.get_parameter(name) for name in plan.gains],
             generator=generator,
         )
+        if calibrate and example_inputs is not None:
+            calibrate_(network, example_inputs, list(dict.fromkeys(plan.before)))
     report = _report(network, plan, init, rule)
     if verbose:
         print(report)
     return report
 
 
-def _apply_(network: nn.Module, plan: Plan) -> None:
+def _apply_(network: nn.Module, plan: Plan, calibrate: bool) -> None:
     replaced: dict[int, NoNorm] = {}
     weights = {id(layer): _weight_layer(network, layer) for layer in plan.layers()}
     for path, shifted in plan.norms.items():
         norm = network.get_submodule(path)
-        replaced.setdefault(id(norm), NoNorm(norm, shifted=shifted))
+        constant = calibrate and path in plan.constant
+        replaced.setdefault(id(norm), NoNorm(norm, shifted=shifted, constant=constant))
         network.set_submodule(path, replaced[id(norm)])
     for module in network.modules():
         if isinstance(module, nn.TransformerEncoder):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +35,18 @@ def outputs_of(net: nn.Module, inputs: Inputs, replaced: Mapping[str, Tensor] | 
     devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
         return functional_call(net, values, args, options)
+
+
+@contextlib.contextmanager
+def in_training_mode(net: nn.Module) -> Iterator[None]:
+    """Every module of ``net`` in training mode, and in its own again after."""
+    modes = {module: module.training for module in net.modules()}
+    try:
+        net.train()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def logits_of(net: nn.Module, inputs: Inputs, replaced: Mapping[str, Tensor] | None = None) -> Any:

@@ -15,8 +15,9 @@ from fixup_core import scaling
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 NORMS = (
-    *(nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm),
+    *(*BATCH_NORMS, nn.modules.instancenorm._InstanceNorm),
     *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
 )
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fixup_core.errors import UserError, one_line
-from fixup_core.probing import Inputs, arguments_of
+from fixup_core.probing import Inputs, arguments_of, in_training_mode
 
 PRODUCTS = frozenset(
     """linear conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d
@@ -176,11 +176,9 @@ def is_view(node: Node) -> bool:
 
 def _exported(network: nn.Module, inputs: Inputs) -> Any:
     args, kwargs = arguments_of(inputs)
-    modes = {module: module.training for module in network.modules()}
     try:
-        with warnings.catch_warnings(), _masks_taken_as_told():
+        with warnings.catch_warnings(), _masks_taken_as_told(), in_training_mode(network):
             warnings.simplefilter("ignore")
-            network.train()
             program = torch.export.export(network, args, kwargs, strict=False)
             return program.run_decompositions({})
     except Exception as error:
@@ -189,9 +187,6 @@ def _exported(network: nn.Module, inputs: Inputs) -> Any:
             "branches={'block1': ['block1.conv1', 'block1.conv2'], ...} "
             f"(torch.export: {one_line(str(error))[:200]})"
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextlib.contextmanager

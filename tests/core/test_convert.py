@@ -21,7 +21,7 @@ from fixup_core import (
     param_groups,
     scalars,
 )
-from fixup_core.attached import NoNorm
+from fixup_core.attached import BEFORE, Constant, NoNorm
 from fixup_core.errors import UserError
 from fixup_core.scaling import unit_scale
 from fixup_core.standards import NORMS
@@ -275,6 +275,83 @@ def test_another_rule_and_a_generator() -> None:
         generator = torch.Generator().manual_seed(3)
         fixup_(net, example_inputs=IMAGES, rule=rule, generator=generator, verbose=False)
     torch.testing.assert_close(nets[0].layers[0].v.weight, 4 * nets[1].layers[0].v.weight)
+
+
+CONSTANT = {
+    "resnet18": {"bn1", *(f"layer{i}.0.downsample.1" for i in (2, 3, 4))},
+    "encoder": {"encoder.layers.1.norm2"},
+    "encoder, norm first": {f"encoder.layers.{i}.norm{k}" for i in (0, 1) for k in (1, 2)},
+    "PreActivation": {"norms.0", "norms.2", "norms.4", "norms.6", "norm"},
+    "Separable": {"stem.1", "head.0"},
+    "GatedMlp": {f"layers.{i}.norm{k}" for i in (0, 1, 2) for k in (1, 2)} | {"norm"},
+}
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_what_norms_did_to_a_batch_is_kept(name: str) -> None:
+    net = NETS[name][0]()
+    torch.manual_seed(1)
+    fixup_(net, example_inputs=3 * IMAGES + 2, calibrate=True, verbose=False)
+    state = torch.get_rng_state()
+    constants = {p.rpartition(".")[0]: m for p, m in net.named_modules() if type(m) is Constant}
+    assert set(constants) == CONSTANT[name]
+    seen: dict[str, Tensor] = {}
+
+    def look(path: str) -> Any:
+        return lambda module, args, output: seen.update({path: output.detach()})
+
+    for path, module in net.named_modules():
+        if path.endswith(BEFORE) or module in constants.values():
+            module.register_forward_hook(look(path))
+    assert net(3 * IMAGES + 2).abs().max() == 0 and net.training
+    assert torch.equal(state, torch.get_rng_state())
+    for path, entering in seen.items():
+        assert abs(entering.mean()) < 1e-4 * entering.abs().max(), path
+        if not path.endswith(BEFORE):
+            assert entering.var(correction=0) == pytest.approx(1.0, abs=1e-2)
+    assert net.eval()(IMAGES).abs().max() == 0
+
+
+def test_the_constant_of_a_batch_norm_is_each_channels_own() -> None:
+    net = Basic()
+    net.conv1.weight.data.mul_(torch.tensor([1.0, 10.0, 100.0])[:, None, None, None])
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), net)
+    before = copy.deepcopy(net)
+    fixup_(net, example_inputs=IMAGES, calibrate=True, verbose=False)
+    assert net[1].constant.scale.shape == (3,)
+    torch.testing.assert_close(net[:2](IMAGES), before[:2](IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_a_calibrated_network_is_loaded_and_runs_in_half_precision() -> None:
+    nets = [Separable() for _ in range(2)]
+    for net, images in zip(nets, (IMAGES, 5 + 2 * IMAGES), strict=True):
+        fixup_(net, example_inputs=images, calibrate=True, verbose=False)
+    nets[1].load_state_dict(nets[0].state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nets[1](IMAGES).dtype == torch.bfloat16
+    stem = [net.stem[1](net.stem[0](IMAGES)) for net in nets]
+    assert torch.equal(*stem)
+    assert nets[0].bfloat16()(IMAGES.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"branches": {"a": ["fc1", "fc2"]}}, "calibrate=True needs a batch"),
+        ({"example_inputs": IMAGES, "keep_norms": True}, "calibrate=True needs a batch"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(options: dict[str, Any], message: str) -> None:
+    _left_alone(PreActivation(), message, calibrate=True, **options)
+
+
+def test_a_batch_that_is_not_finite_is_refused() -> None:
+    net = PreActivation()
+    before, shown = copy.deepcopy(net.state_dict()), repr(net)
+    with pytest.raises(UserError, match="numbers that are not finite"):
+        fixup_(net, example_inputs=IMAGES / 0, calibrate=True, verbose=False)
+    assert repr(net) == shown and not any(m._forward_pre_hooks for m in net.modules())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_the_report_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -598,10 +675,12 @@ def test_an_output_that_is_an_embedding_cannot_be_zero() -> None:
 # Depth
 
 
-def _converted(make: Callable[[int], nn.Module], rule: Any) -> Callable[[int], nn.Module]:
+def _converted(
+    make: Callable[[int], nn.Module], rule: Any, calibrate: bool = False
+) -> Callable[[int], nn.Module]:
     def make_net(depth: int) -> nn.Module:
         net = make(depth)
-        fixup_(net, example_inputs=IMAGES, rule=rule, verbose=False)
+        fixup_(net, example_inputs=IMAGES, rule=rule, calibrate=calibrate, verbose=False)
         return net
 
     return make_net
@@ -624,9 +703,10 @@ def test_a_converted_network_is_depth_stable_by_its_factor() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("calibrate", [False, True])
 @pytest.mark.parametrize("name", STACKS)
-def test_converted_networks_are_depth_stable(name: str) -> None:
+def test_converted_networks_are_depth_stable(name: str, calibrate: bool) -> None:
     options: Any = {"batch": BATCH, "depths": [2, 4, 8, 16, 32], "seeds": 10, "tolerance": 0.3}
-    assert_depth_stable(_converted(STACKS[name], branch_scale), **options)
+    assert_depth_stable(_converted(STACKS[name], branch_scale, calibrate), **options)
     with pytest.raises(AssertionError, match="growing"):
         assert_depth_stable(_converted(STACKS[name], unit_scale), **(options | {"seeds": 3}))

@@ -1,0 +1,78 @@
+"""What normalisation layers did to one batch, kept after they are gone.
+
+A norm subtracts a mean and divides by a standard deviation. Behind the layers of a residual branch
+Fixup's own rules set the sizes; elsewhere (the stem, projections, what enters a branch or the head)
+nothing does once the norms are removed. There the batch's mean and standard deviation stay as
+constants, and the scalar biases before weight layers start where the inputs have mean 0: behind a
+ReLU all inputs are positive, and the mean they share would make up most of every product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fixup_core.attached import BEFORE, Constant
+from fixup_core.errors import UserError
+from fixup_core.probing import Inputs, in_training_mode, outputs_of
+
+EPS = 1e-5
+"""Of the variance, as in batch normalisation."""
+
+
+@torch.no_grad()
+def calibrate_(network: nn.Module, inputs: Inputs, before: Sequence[str]) -> None:
+    """Set, in one forward pass and in its order, the constants of ``network`` and its biases before
+    weight layers.
+
+    Args:
+        network: With scalars and constants as ``fixup_`` attaches them.
+        inputs: A batch of real data.
+        before: Paths of the modules with a scalar bias on what comes in.
+
+    Raises:
+        UserError: The batch gives numbers that are not finite.
+    """
+    found: dict[Constant, tuple[Tensor, Tensor]] = {}
+    reached: set[nn.Module] = set()
+
+    def keep_statistics(module: Constant, args: tuple[Tensor, ...]) -> None:
+        if module not in found:
+            found[module] = _statistics(module, args[0])
+            _write_(module, *found[module])  # to a copy of its buffers, for this pass
+
+    def start_at_mean_zero(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if module not in reached:
+            reached.add(module)
+            module.get_parameter("weight").fill_(-args[0].float().mean())
+
+    constants = [m for m in network.modules() if isinstance(m, Constant)]
+    biases = [network.get_submodule(path).get_submodule(BEFORE) for path in before]
+    hooks = [m.register_forward_pre_hook(keep_statistics) for m in constants]
+    hooks += [m.register_forward_pre_hook(start_at_mean_zero) for m in biases]
+    try:
+        with in_training_mode(network):
+            outputs_of(network, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for constant, (scale, shift) in found.items():
+        _write_(constant, scale, shift)
+    values = [number for m in (*constants, *biases) for number in m.state_dict().values()]
+    if not all(value.isfinite().all() for value in values):
+        raise UserError("the example inputs give numbers that are not finite: scale them first")
+
+
+def _statistics(module: Constant, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift that give ``x`` mean 0 and variance 1."""
+    dims = [d for d in range(x.dim()) if d != 1] if module.scale.dim() else list(range(x.dim()))
+    variance, mean = torch.var_mean(x.float(), dims, correction=0)
+    scale = (variance + EPS).rsqrt()
+    return scale, -mean * scale
+
+
+def _write_(module: Constant, scale: Tensor, shift: Tensor) -> None:
+    module.scale.copy_(scale)
+    module.shift.copy_(shift)
