@@ -2,9 +2,11 @@
 
 ``python benchmarks/convert.py --images cifar10-jpeg.tar.xz --text train.en --output runs/convert``
 trains each network for ``--steps`` steps on CIFAR-10 (a tree or an archive of images; the
-Transformer on the bytes of a text), as it is and converted, from the same seed, with every learning
-rate of a short list, and keeps what the best one reaches on validation data. Every finished
-training is a line of ``results.jsonl``; another start goes on behind it. ``--table`` prints all.
+Transformers on the bytes of a text), as it is and converted (``calibrate=True``), from the same
+seed, four times each: as it is with four learning rates, converted with the two in the middle and
+the rule's factors as they are and tripled. The best setting, by the loss on validation data, is
+trained from the other ``--seeds`` too. Every finished training is a line of ``results.jsonl``;
+another start goes on behind it. ``--table`` prints all.
 """
 
 from __future__ import annotations
@@ -33,7 +35,12 @@ from tests.core import foreign
 
 CONTESTANTS = ("as it is", "fixup_")
 KINDS = ("seconds", *CONTESTANTS)
-SGD, ADAM, VIT = (0.1, 0.2, 0.4), (0.001, 0.003, 0.008), (0.0001, 0.0003, 0.001)
+RESNET = (0.0005, 0.001, 0.002, 0.004)
+SMALL = (0.002, 0.004, 0.008, 0.016)
+VIT = (0.0001, 0.0003, 0.001, 0.003)
+TEXT = (0.001, 0.002, 0.003, 0.006)
+SCALES = (1.0, 3.0)
+"""Of the product of a branch's factors: the rule has ``scale / sqrt(L)``."""
 BLOCK = 64
 """Bytes that the language model reads at a time."""
 
@@ -47,11 +54,14 @@ def _timm(name: str, **options: Any) -> nn.Module:
 class ByteModel(nn.Module):
     """``nn.TransformerEncoder`` on bytes, each predicted from those before it."""
 
-    def __init__(self, depth: int = 4, width: int = 128) -> None:
+    def __init__(self, depth: int = 4, width: int = 128, norm_first: bool = False) -> None:
         super().__init__()
         self.bytes, self.places = nn.Embedding(256, width), nn.Embedding(BLOCK, width)
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.1, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, depth)
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, dropout=0.1, batch_first=True, norm_first=norm_first
+        )
+        norm = nn.LayerNorm(width) if norm_first else None
+        self.encoder = nn.TransformerEncoder(layer, depth, norm, enable_nested_tensor=False)
         self.head = nn.Linear(width, 256)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(BLOCK))
 
@@ -62,31 +72,34 @@ class ByteModel(nn.Module):
 
 @dataclass(frozen=True)
 class Entry:
-    """A network, how large its images are (0: text), its learning rates, AdamW's or SGD's."""
+    """A network, how large its images are (0: text), its learning rates."""
 
     make: Callable[[], nn.Module]
     side: int
     rates: tuple[float, ...]
 
-    @property
-    def adam(self) -> bool:
-        return self.rates is not SGD
+    def settings(self, contestant: str) -> list[tuple[float, float]]:
+        """Learning rate and scale of the rule: as many for each contestant."""
+        if contestant == "fixup_":
+            return [(lr, scale) for lr in self.rates[1:3] for scale in SCALES]
+        return [(lr, 1.0) for lr in self.rates]
 
 
 tv = torchvision.models
 NETS = {
-    "torchvision resnet18": Entry(lambda: tv.resnet18(num_classes=10), 32, SGD),
-    "torchvision resnet50": Entry(lambda: tv.resnet50(num_classes=10), 32, SGD),
-    "timm resnet50d": Entry(lambda: _timm("resnet50d"), 32, SGD),
-    "torchvision convnext_tiny": Entry(lambda: tv.convnext_tiny(num_classes=10), 32, ADAM),
+    "torchvision resnet18": Entry(lambda: tv.resnet18(num_classes=10), 32, RESNET),
+    "torchvision resnet50": Entry(lambda: tv.resnet50(num_classes=10), 32, RESNET),
+    "timm resnet50d": Entry(lambda: _timm("resnet50d"), 32, RESNET),
+    "torchvision convnext_tiny": Entry(lambda: tv.convnext_tiny(num_classes=10), 32, RESNET),
     "torchvision vit_b_16": Entry(lambda: tv.vit_b_16(num_classes=10, image_size=32), 32, VIT),
     "timm vit_tiny": Entry(
         lambda: _timm("vit_tiny_patch16_224", img_size=32, patch_size=8), 32, VIT
     ),
-    "nn.TransformerEncoder": Entry(ByteModel, 0, ADAM),
-    "PreActivation": Entry(foreign.PreActivation, 32, SGD),
-    "Separable": Entry(foreign.Separable, 32, SGD),
-    "GatedMlp": Entry(foreign.GatedMlp, 32, ADAM),
+    "nn.TransformerEncoder": Entry(ByteModel, 0, TEXT),
+    "nn.TransformerEncoder, pre-norm": Entry(lambda: ByteModel(norm_first=True), 0, TEXT),
+    "PreActivation": Entry(foreign.PreActivation, 32, SMALL),
+    "Separable": Entry(foreign.Separable, 32, SMALL),
+    "GatedMlp": Entry(foreign.GatedMlp, 32, SMALL),
 }
 
 
@@ -101,7 +114,8 @@ def main() -> None:
         return
     data = Data(args)
     for name in args.nets:
-        for row in _measure(name, data, args, {_key(row) for row in done}):
+        for row in _measure(name, data, args, done):
+            done.append(row)
             with file.open("a") as out:
                 print(json.dumps(row | {"machine": machine()}), file=out)
             print(row, flush=True)
@@ -117,6 +131,7 @@ def _parse() -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/convert"), help="default: runs/convert")
     add("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     add("--steps", type=int, default=150, help="default: 150; 0: times alone")
+    add("--seeds", type=int, default=3, help="of the best setting (default: 3)")
     add("--batch", type=int, default=64, help="default: 64")
     add("--rounds", type=int, default=5, help="of timing (default: 5)")
     add("--threads", type=int, default=2, help="default: 2")
@@ -139,9 +154,9 @@ class Data:
         if args.text:
             self.text = torch.tensor(list(args.text.read_bytes()))
 
-    def batches(self, side: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same in every run."""
-        generator = torch.Generator().manual_seed(1)
+    def batches(self, side: int, steps: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same in every run from a seed."""
+        generator = torch.Generator().manual_seed(100 + seed)
         for _ in range(steps):
             yield self._drawn(side, generator, valid=False)
 
@@ -163,33 +178,59 @@ class Data:
 
 
 def _measure(
-    name: str, data: Data, args: argparse.Namespace, done: set[tuple[Any, ...]]
+    name: str, data: Data, args: argparse.Namespace, done: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     entry = NETS[name]
-    nets = {contestant: _net(entry, contestant, data) for contestant in CONTESTANTS}
-    if (name, "seconds", 0.0) not in done:
+    if not _rows(done, name, "seconds"):
+        nets = {contestant: _net(entry, contestant, data) for contestant in CONTESTANTS}
         seconds = compare({c: _step(net, entry, data) for c, net in nets.items()}, args.rounds)
-        yield {"net": name, "contestant": "seconds", "lr": 0.0, "seconds": seconds}
+        yield {"net": name, "contestant": "seconds", "seconds": seconds}
     for contestant in CONTESTANTS if args.steps else ():
-        for lr in entry.rates:
-            if (name, contestant, lr) not in done:
-                loss, score = _train(_net(entry, contestant, data), entry, lr, data, args.steps)
-                yield {
-                    **{"net": name, "contestant": contestant, "lr": lr, "steps": args.steps},
-                    **{"loss": loss, "score": score},
-                }
+        trained = _rows(done, name, contestant)
+
+        def train(lr: float, scale: float, seed: int, contestant: str = contestant) -> Any:
+            net = _net(entry, contestant, data, scale, seed)
+            kept = _train(net, lr, data.batches(entry.side, args.steps, seed), args.steps)
+            loss, score = math.inf, 0.0
+            if kept:
+                loss, score = _score(net.eval(), data.validation(entry.side))
+            return {
+                **{"net": name, "contestant": contestant, "lr": lr, "scale": scale, "seed": seed},
+                **{"steps": args.steps, "loss": loss, "score": score},
+            }
+
+        known = {(row["lr"], row["scale"], row["seed"]) for row in trained}
+        for lr, scale in entry.settings(contestant):
+            if (lr, scale, 0) not in known:
+                trained.append(train(lr, scale, 0))
+                yield trained[-1]
+        best = _best(trained)
+        for seed in range(1, args.seeds):
+            if (best["lr"], best["scale"], seed) not in known:
+                yield train(best["lr"], best["scale"], seed)
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["net"], row["contestant"], row["lr"]
+def _rows(rows: list[dict[str, Any]], name: str, contestant: str) -> list[dict[str, Any]]:
+    return [row for row in rows if (row["net"], row["contestant"]) == (name, contestant)]
 
 
-def _net(entry: Entry, contestant: str, data: Data) -> nn.Module:
-    torch.manual_seed(0)
+def _best(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The setting that is chosen, by the first seed."""
+    return min((row for row in rows if row["seed"] == 0), key=_finite_loss)
+
+
+def _net(entry: Entry, contestant: str, data: Data, scale: float = 1.0, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     net = entry.make().to(memory_format=torch.channels_last)
     if contestant == "fixup_":
-        example = next(data.batches(entry.side, 1))[0][:4]
-        fc.fixup_(net, example_inputs=example, verbose=False)
+        example = next(data.batches(entry.side, 1))[0]
+        fc.fixup_(
+            net,
+            example_inputs=example,
+            calibrate=True,
+            rule=lambda L, m: scale ** (1 / (m - 1)) * fc.branch_scale(L, m),
+            verbose=False,
+        )
     return net.train()
 
 
@@ -210,23 +251,23 @@ def _step(net: nn.Module, entry: Entry, data: Data) -> Callable[[], None]:
     return step
 
 
-def _train(net: nn.Module, entry: Entry, lr: float, data: Data, steps: int) -> tuple[float, float]:
-    """Validation loss and accuracy after the last step of a linear warm-up and decay."""
-    groups = fc.param_groups(net, lr=lr, weight_decay=0.05 if entry.adam else 5e-4)
-    optimizer: Any = (
-        torch.optim.AdamW(groups) if entry.adam else torch.optim.SGD(groups, momentum=0.9)
-    )
+def _train(net: nn.Module, lr: float, batches: Any, steps: int) -> bool:
+    """AdamW with a linear warm-up and decay; whether the loss stayed finite."""
+    optimizer = torch.optim.AdamW(fc.param_groups(net, lr=lr, weight_decay=0.05))
     warm = max(steps // 10, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (steps - step) / (steps - warm))
     )
-    for inputs, labels in data.batches(entry.side, steps):
+    for inputs, labels in batches:
         optimizer.zero_grad()
-        _loss(net, inputs, labels).backward()
+        loss = _loss(net, inputs, labels)
+        if not loss.isfinite():
+            return False
+        loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return _score(net.eval(), data.validation(entry.side))
+    return True
 
 
 @torch.no_grad()
@@ -248,13 +289,27 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     print("| network | step, ratio | loss: as it is | `fixup_` | accuracy: as it is | `fixup_` |")
     print("|---|---|---|---|---|---|")
     for name in dict.fromkeys(row["net"] for row in rows):
-        found = {c: [r for r in rows if (r["net"], r["contestant"]) == (name, c)] for c in KINDS}
+        found = {c: _rows(rows, name, c) for c in KINDS}
         if all(found.values()):
             seconds = found["seconds"][0]["seconds"]["fixup_"]["median_ratio"]
-            best = [min(found[c], key=_finite_loss) for c in CONTESTANTS]
-            losses = " | ".join(f"{row['loss']:.3f}" for row in best)
-            scores = " | ".join(f"{100 * row['score']:.1f} %" for row in best)
+            chosen = [_of_best_setting(found[c]) for c in CONTESTANTS]
+            losses = " | ".join(_spread([row["loss"] for row in own]) for own in chosen)
+            scores = " | ".join(f"{100 * _mean([r['score'] for r in own]):.1f} %" for own in chosen)
             print(f"| {name} | {seconds:.2f} | {losses} | {scores} |")
+
+
+def _of_best_setting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    best = _best(rows)
+    return [row for row in rows if (row["lr"], row["scale"]) == (best["lr"], best["scale"])]
+
+
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def _spread(numbers: list[float]) -> str:
+    """The mean, and in brackets the smallest and the largest."""
+    return f"{_mean(numbers):.3f} ({min(numbers):.3f}-{max(numbers):.3f})"
 
 
 if __name__ == "__main__":

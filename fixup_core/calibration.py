@@ -5,16 +5,20 @@ Fixup's own rules set the sizes; elsewhere (the stem, projections, what enters a
 nothing does once the norms are removed. There the batch's mean and standard deviation stay as
 constants, and the scalar biases before weight layers start where the inputs have mean 0: behind a
 ReLU all inputs are positive, and the mean they share would make up most of every product.
+
+A branch whose input is divided by a number has it back behind its last layer: its multiplier starts
+there. So what the branch learns is in proportion to the signal it is added to. With a multiplier of
+1 a small signal (embeddings of size 0.1) would be outgrown at once by branches that magnify it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fixup_core.attached import BEFORE, Constant
+from fixup_core.attached import BEFORE, MULTIPLIER, Constant
 from fixup_core.errors import UserError
 from fixup_core.probing import Inputs, in_training_mode, outputs_of
 
@@ -23,14 +27,18 @@ EPS = 1e-5
 
 
 @torch.no_grad()
-def calibrate_(network: nn.Module, inputs: Inputs, before: Sequence[str]) -> None:
+def calibrate_(
+    network: nn.Module, inputs: Inputs, before: Sequence[str], norms: Mapping[str, str]
+) -> None:
     """Set, in one forward pass and in its order, the constants of ``network`` and its biases before
-    weight layers.
+    weight layers; and the multipliers of the branches that start with a constant.
 
     Args:
         network: With scalars and constants as ``fixup_`` attaches them.
         inputs: A batch of real data.
         before: Paths of the modules with a scalar bias on what comes in.
+        norms: Paths of what stands for a norm; for one that starts a branch, of the module with
+            the branch's multiplier, else empty.
 
     Raises:
         UserError: The batch gives numbers that are not finite.
@@ -49,7 +57,7 @@ def calibrate_(network: nn.Module, inputs: Inputs, before: Sequence[str]) -> Non
             module.get_parameter("weight").fill_(-args[0].float().mean())
 
     constants = [m for m in network.modules() if isinstance(m, Constant)]
-    biases = [network.get_submodule(path).get_submodule(BEFORE) for path in before]
+    biases = [network.get_submodule(f"{path}.{BEFORE}") for path in dict.fromkeys(before)]
     hooks = [m.register_forward_pre_hook(keep_statistics) for m in constants]
     hooks += [m.register_forward_pre_hook(start_at_mean_zero) for m in biases]
     try:
@@ -60,6 +68,11 @@ def calibrate_(network: nn.Module, inputs: Inputs, before: Sequence[str]) -> Non
             hook.remove()
     for constant, (scale, shift) in found.items():
         _write_(constant, scale, shift)
+    for path, end in norms.items():
+        if end:
+            scale = network.get_buffer(f"{path}.constant.scale")
+            multiplier = network.get_parameter(f"{end}.{MULTIPLIER}.weight")
+            multiplier.mul_(scale.pow(-2).mean().sqrt())
     values = [number for m in (*constants, *biases) for number in m.state_dict().values()]
     if not all(value.isfinite().all() for value in values):
         raise UserError("the example inputs give numbers that are not finite: scale them first")

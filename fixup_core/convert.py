@@ -117,7 +117,7 @@ def fixup_(
             generator=generator,
         )
         if calibrate and example_inputs is not None:
-            calibrate_(network, example_inputs, list(dict.fromkeys(plan.before)))
+            calibrate_(network, example_inputs, plan.before, plan.constant)
     report = _report(network, plan, init, rule)
     if verbose:
         print(report)

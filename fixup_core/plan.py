@@ -28,7 +28,8 @@ class Plan:
         multiplied: Modules that get a multiplier on their output.
         after: Modules that get a scalar bias on their output.
         norms: Normalisation layers to be removed, and whether a scalar bias takes their place.
-        constant: Those among them that one batch can make constants.
+        constant: Those among them that one batch can make constants, each with the module whose
+            multiplier makes up for it, where it starts a branch.
         notes: What the user should know.
     """
 
@@ -39,7 +40,7 @@ class Plan:
     multiplied: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     norms: dict[str, bool] = field(default_factory=dict)
-    constant: set[str] = field(default_factory=set)
+    constant: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def layers(self) -> list[Layer]:

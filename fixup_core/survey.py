@@ -168,28 +168,23 @@ class Survey:
                     break
                 behind = self._before(behind, first=behind is node)
 
-    def free_norms(self) -> set[str]:
-        """Norms that a constant can stand for: not those behind a weight layer of a branch, where
-        rule 2 sets the size, nor those between an addition and the next branch, as in a post-norm
-        Transformer, where as many would stand one behind the other as there are branches.
+    def free_norms(self) -> dict[str, str]:
+        """Norms that a constant can stand for, and for those at the start of a branch the module
+        with the branch's multiplier: all but those behind a weight layer of a branch, where rule 2
+        sets the size.
         """
         inner = {u.node for branch in self.branches for u in (*branch.layers, *branch.gates)}
-        inside = {node for branch in self.branches for node in branch.inside}
-        chained = {n for branch in self.branches for n in self._back(branch.start)[0]}
-        free = {}
+        inside = {n: b for b in self.branches for n in b.inside if self.trace.depends(n, b.start)}
+        free: dict[str, str | None] = {}
         for node in self.trace.nodes:
             for path in self.norms.intersection(stack(node)):
                 if path not in free and node in self.trace.sources:
-                    stops = self._back(node)[1]
-                    joined = any(branch.join in stops for branch in self.branches)
-                    between = joined and node in chained and node not in inside
-                    free[path] = not between and not inner.intersection(stops)
-        return {path for path, is_free in free.items() if is_free}
+                    end = self.layers(inside[node])[-1].unit if node in inside else ""
+                    free[path] = None if inner & self._behind(node) else end
+        return {path: end for path, end in free.items() if end is not None}
 
-    def _back(self, node: Node) -> tuple[set[Node], set[Node]]:
-        """What ``node`` is made of without a weight layer or the end of a branch between, itself
-        first; and those of these where it ends.
-        """
+    def _behind(self, node: Node) -> set[Node]:
+        """The weight layers and joins that ``node`` is made of with none of these between."""
         ends = {use.node for use in self.uses} | {branch.join for branch in self.branches}
         waiting, seen = [node], set()
         while waiting:
@@ -197,7 +192,7 @@ class Survey:
             if one not in seen:
                 seen.add(one)
                 waiting += [] if one in ends else self.trace.flowing(one)
-        return seen, seen & ends
+        return seen & ends
 
     def _before(self, node: Node, first: bool) -> Node | None:
         """What an activation's input is, moved or dropped at the most."""

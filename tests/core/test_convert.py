@@ -279,7 +279,7 @@ def test_another_rule_and_a_generator() -> None:
 
 CONSTANT = {
     "resnet18": {"bn1", *(f"layer{i}.0.downsample.1" for i in (2, 3, 4))},
-    "encoder": {"encoder.layers.1.norm2"},
+    "encoder": {f"encoder.layers.{i}.norm{k}" for i in (0, 1) for k in (1, 2)},
     "encoder, norm first": {f"encoder.layers.{i}.norm{k}" for i in (0, 1) for k in (1, 2)},
     "PreActivation": {"norms.0", "norms.2", "norms.4", "norms.6", "norm"},
     "Separable": {"stem.1", "head.0"},
