@@ -86,7 +86,7 @@ class PackedWeight:
 
     @property
     def weight(self) -> nn.Parameter:
-        return self.module.get_parameter(self.name)
+        return getattr(self.module, self.name)
 
     @property
     def bias(self) -> nn.Parameter | None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from fixup_core.parametrised import parameters_of_weight
 from fixup_core.standards import Standard
 
 
@@ -78,7 +79,7 @@ def collect_branches(model: nn.Module) -> list[ResidualBranch]:
     owner: dict[int, str] = {}
     for branch in branches:
         for layer in branch.layers:
-            key = id(layer.module.weight)
+            key = id(parameters_of_weight(layer.module)[0])
             if key in owner:
                 raise ValueError(
                     f"the branches {owner[key]!r} and {branch.name!r} share a weight: "

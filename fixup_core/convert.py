@@ -25,6 +25,7 @@ from fixup_core.branches import ResidualBranch, WeightLayer, collect_branches, c
 from fixup_core.calibration import calibrate_
 from fixup_core.errors import UserError, one_line
 from fixup_core.init import fixup_init_
+from fixup_core.parametrised import plain_weights
 from fixup_core.plan import Branches, Plan, check, declared_plan, traced_plan
 from fixup_core.probing import Inputs
 from fixup_core.report import ConversionReport, ConvertedBranch
@@ -55,6 +56,7 @@ def fixup_(
     activation, a multiplier behind every branch; the weights in the branches are drawn anew by the
     rules, the last layer of each branch and the head are 0. Parameters that stay keep their names.
     What lies outside the branches (stem, projections, embeddings) stays as it is, as do gates.
+    Parametrised weights (weight norm's) stay parametrised, and are given what the rules draw.
 
     Differs: m counts the layers whose product a branch is. In attention these are values and
     output, m = 2, where the paper counts queries and keys too, m = 4; with 4 one step's change
@@ -87,7 +89,8 @@ def fixup_(
     Raises:
         UserError: No branch, a branch of one weight layer, branches in branches, layers side by
             side, a weight that is frozen or used twice, a branch used elsewhere, a parameter that
-            no rule covers, a network that cannot be traced. The network is as it was.
+            no rule covers, a parametrised weight that cannot take every value (spectral norm's), a
+            network that cannot be traced. The network is as it was.
     """
     if any(scalars(network)):
         raise UserError(
@@ -99,26 +102,29 @@ def fixup_(
             "(keep_norms=False)"
         )
     kinds = (*NORMS, *norms)
-    if branches is None and not collect_branches(network):
-        plan = traced_plan(network, example_inputs, head, kinds, keep_norms, allow)
-    else:
-        plan = declared_plan(network, branches, head)
-    check(network, plan)
-    if not keep_norms:
-        found = network.named_modules(remove_duplicate=False)
-        plan.norms |= {p: plan.norms.get(p, False) for p, m in found if isinstance(m, kinds)}
-    with _undone_if_it_fails(network, plan):
-        _apply_(network, plan, calibrate)
-        init = fixup_init_(
-            network,
-            rule=rule,
-            keep=_kept(network, plan),
-            gains=[network.get_parameter(name) for name in plan.gains],
-            generator=generator,
-        )
-        if calibrate and example_inputs is not None:
-            calibrate_(network, example_inputs, plan.before, plan.constant)
-    report = _report(network, plan, init, rule)
+    with plain_weights(network) as parametrised:
+        if branches is None and not collect_branches(network):
+            plan = traced_plan(network, example_inputs, head, kinds, keep_norms, allow)
+        else:
+            plan = declared_plan(network, branches, head)
+        check(network, plan)
+        for name in parametrised.keys() & plan.written():
+            parametrised[name].check()
+        if not keep_norms:
+            found = network.named_modules(remove_duplicate=False)
+            plan.norms |= {p: plan.norms.get(p, False) for p, m in found if isinstance(m, kinds)}
+        with _undone_if_it_fails(network, plan):
+            _apply_(network, plan, calibrate)
+            init = fixup_init_(
+                network,
+                rule=rule,
+                keep=_kept(network, plan),
+                gains=[network.get_parameter(name) for name in plan.gains],
+                generator=generator,
+            )
+            if calibrate and example_inputs is not None:
+                calibrate_(network, example_inputs, plan.before, plan.constant)
+        report = _report(network, plan, init, rule)
     if verbose:
         print(report)
     return report

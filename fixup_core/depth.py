@@ -22,6 +22,7 @@ from fixup_core.errors import UserError
 from fixup_core.figures import Curve, Panel, draw
 from fixup_core.init import draw_zero_heads_
 from fixup_core.line_fit import Slope, fit_slope
+from fixup_core.parametrised import parameters_of_weight
 from fixup_core.probing import Inputs, first_tensor, modules_named, outputs_of
 from fixup_core.scalars import scalars
 
@@ -236,7 +237,7 @@ def branch_weights(net: nn.Module, ending: str = "") -> list[nn.Parameter]:
             "method, or say in moved= which parameters take the step"
         )
     layers: list[Any] = [layer.module for branch in chosen for layer in branch.layers]
-    return [layer.weight for layer in layers]
+    return [parameter for layer in layers for parameter in parameters_of_weight(layer)]
 
 
 def _and_scalars(net: nn.Module) -> list[nn.Parameter]:

@@ -6,6 +6,7 @@ the model is as it was.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from fixup_core.branches import (
     collect_last_norms,
     collect_standard_layers,
 )
+from fixup_core.parametrised import plain_weights
 from fixup_core.report import FixupReport, Row
 from fixup_core.scalars import scalars
 from fixup_core.scaling import branch_scale
@@ -84,20 +86,21 @@ def fixup_init_(
         ValueError: A parameter that no rule covers (it is named), a model without branches, or a
             weight that lies in two branches. Nothing has been written then.
     """
-    plan = _Plan(model, keep)
-    if not plan.num_branches:
-        raise ValueError(
-            f"{type(model).__name__} declares no residual branch: "
-            "give its blocks a residual_branches() method"
-        )
-    plan.add_scalars()
-    for gain in gains:
-        plan._constant(gain, "gain", 1.0, 1.0)
-    plan.add_branches(rule, zero)
-    plan.add_classifiers(zero)
-    plan.add_declared()
-    plan.add_others()
-    return plan.write_(generator)
+    with plain_weights(model):
+        plan = _Plan(model, keep)
+        if not plan.num_branches:
+            raise ValueError(
+                f"{type(model).__name__} declares no residual branch: "
+                "give its blocks a residual_branches() method"
+            )
+        plan.add_scalars()
+        for gain in gains:
+            plan._constant(gain, "gain", 1.0, 1.0)
+        plan.add_branches(rule, zero)
+        plan.add_classifiers(zero)
+        plan.add_declared()
+        plan.add_others()
+        return plan.write_(generator)
 
 
 def standard_init_(
@@ -178,8 +181,9 @@ def draw_zero_heads_(heads: Iterable[nn.Module], *, generator: Generator | None 
     For measurements on a network that rule 1 has just initialised: behind a head at 0 nothing but
     the head can move.
     """
-    with torch.no_grad():
-        for head in heads:
+    for head in heads:
+        plain = plain_weights(head) if isinstance(head, nn.Module) else contextlib.nullcontext()
+        with torch.no_grad(), plain:
             weight: Any = head.weight
             if not weight.any():
                 row = Row("", "classifier", std=TORCH_DEFAULT.std(head))

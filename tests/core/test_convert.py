@@ -18,11 +18,13 @@ from fixup_core import (
     branch_scale,
     collect_branches,
     fixup_,
+    fixup_init_,
     param_groups,
     scalars,
 )
 from fixup_core.attached import BEFORE, Constant, NoNorm
 from fixup_core.errors import UserError
+from fixup_core.init import draw_zero_heads_
 from fixup_core.scaling import unit_scale
 from fixup_core.standards import NORMS
 from tests.core.foreign import GatedMlp, PreActivation, Separable
@@ -630,13 +632,77 @@ def test_a_failure_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     _left_alone(PreActivation(), "halfway", example_inputs=IMAGES)
 
 
-def test_a_parametrised_weight_is_refused() -> None:
-    net = PreActivation()
-    nn.utils.parametrizations.weight_norm(net.convs[1])
-    before = {name: p.clone() for name, p in net.named_parameters()}
-    with pytest.raises(UserError, match=r"weight of convs.1.* remove its parametrisation"):
+class Doubled(nn.Module):
+    """A parametrisation that can take every value."""
+
+    def forward(self, half: Tensor) -> Tensor:
+        return 2 * half
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        return value / 2
+
+
+def _parametrised() -> PreActivation:
+    """The stem stays; a branch's first and last layer and the head are written."""
+    net = PreActivation(depth=2)
+    for module in (net.stem, net.convs[0], net.convs[1]):
+        nn.utils.parametrizations.weight_norm(module)
+    nn.utils.parametrize.register_parametrization(net.convs[2], "weight", Doubled())
+    nn.utils.parametrizations.weight_norm(net.fc)
+    return net
+
+
+def test_parametrised_weights_take_what_the_rules_draw() -> None:
+    nets = [_parametrised(), PreActivation(depth=2)]
+    before = dict(nets[0].named_parameters())
+    stem = nets[0].stem.weight.detach().clone()
+    for net in nets:
+        fixup_(net, example_inputs=IMAGES, generator=torch.manual_seed(0), verbose=False)
+    net, plain = nets
+    assert nn.utils.parametrize.is_parametrized(net.convs[0])
+    assert all(p is before[name] for name, p in net.named_parameters() if "original" in name)
+    assert torch.equal(net.stem.weight, stem)
+    for own, other in zip((*net.convs, net.fc), (*plain.convs, plain.fc), strict=True):
+        torch.testing.assert_close(own.weight, other.weight)
+    assert net(IMAGES).abs().max() == 0 and len(collect_branches(net)) == 2
+    optimizer = torch.optim.SGD(param_groups(net, lr=0.1), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(net(IMAGES), torch.arange(4)).backward()
+        optimizer.step()
+    assert net.convs[1].weight.abs().max() > 0 and net(IMAGES).isfinite().all()
+    fixup_init_(net)
+    assert net(IMAGES).abs().max() == 0
+    draw_zero_heads_([net.fc])
+    assert net(IMAGES).abs().max() > 0
+
+
+def test_a_parametrised_network_is_measured_by_the_depth_check() -> None:
+    def make_net(depth: int) -> nn.Module:
+        net = GatedMlp(depth)
+        for layer in net.layers:
+            nn.utils.parametrize.register_parametrization(layer.down, "weight", Doubled())
         fixup_(net, example_inputs=IMAGES, verbose=False)
-    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+        return net
+
+    assert_depth_stable(make_net, batch=BATCH, depths=[1, 3, 9], seeds=2, tolerance=0.4)
+
+
+@pytest.mark.parametrize("kind", ["spectral_norm", "orthogonal"])
+def test_a_parametrisation_that_cannot_be_zero_is_refused(kind: str) -> None:
+    net = PreActivation()
+    getattr(nn.utils.parametrizations, kind)(net.convs[1])
+    _left_alone(
+        net, "convs.1.weight is parametrised by .* which cannot take", example_inputs=IMAGES
+    )
+
+
+def test_a_weight_that_hooks_compute_is_refused() -> None:
+    net = PreActivation()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(net.convs[1])
+    with pytest.raises(UserError, match=r"weight of convs.1 is computed from .* first"):
+        fixup_(net, example_inputs=IMAGES, verbose=False)
 
 
 def test_a_second_time_is_refused() -> None:
