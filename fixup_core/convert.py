@@ -124,7 +124,7 @@ def fixup_(
             )
             if calibrate and example_inputs is not None:
                 calibrate_(network, example_inputs, plan.before, plan.constant)
-        report = _report(network, plan, init, rule)
+        report = _report(network, plan, init, rule, calibrate)
     if verbose:
         print(report)
     return report
@@ -179,7 +179,9 @@ def _kept(network: nn.Module, plan: Plan) -> list[nn.Parameter]:
     return [p for p in network.parameters() if id(p) not in drawn or id(p) in tied]
 
 
-def _report(network: nn.Module, plan: Plan, init: Any, rule: Any) -> ConversionReport:
+def _report(
+    network: nn.Module, plan: Plan, init: Any, rule: Any, calibrate: bool
+) -> ConversionReport:
     kept = {row.name for row in init.rows if row.role == "kept"}
     names = {id(p): name for name, p in network.named_parameters()}
     num_branches = len(plan.branches)
@@ -195,6 +197,7 @@ def _report(network: nn.Module, plan: Plan, init: Any, rule: Any) -> ConversionR
         branches=tuple(converted),
         head=tuple(name for name in head if name not in tied),
         removed=tuple(plan.norms),
+        constant=tuple(p for p in plan.norms if calibrate and p in plan.constant),
         scalars=sum(1 for _ in scalars(network)),
         kept=tuple(row.name for row in init.rows if row.role == "kept"),
         notes=(*plan.notes, *notes),

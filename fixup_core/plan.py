@@ -10,7 +10,7 @@ from torch import nn
 
 from fixup_core.branches import collect_branches, collect_classifiers
 from fixup_core.errors import UserError
-from fixup_core.probing import Inputs
+from fixup_core.probing import Inputs, modules_named
 from fixup_core.survey import Layer, Survey
 
 Branches = Mapping[str, Sequence[str]]
@@ -152,10 +152,7 @@ def _named_head(network: nn.Module, head: str | bool) -> list[Layer]:
 
 
 def _layer_at(network: nn.Module, path: str) -> Layer:
-    try:
-        module = network.get_submodule(path)
-    except AttributeError as error:
-        raise UserError(f"{type(network).__name__} has no module {path!r}") from error
+    module = next(iter(modules_named(network, [path])))
     if not isinstance(getattr(module, "weight", None), nn.Parameter):
         raise UserError(f"{path!r} ({type(module).__name__}) has no weight of its own")
     bias = f"{path}.bias" if getattr(module, "bias", None) is not None else None

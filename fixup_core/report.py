@@ -90,6 +90,7 @@ class ConversionReport:
         branches: In the order of the forward pass; their number is L.
         head: Names of the output layers' weights, which are 0.
         removed: Paths of the normalisation layers that are no more.
+        constant: Those among them that are constants now (``calibrate=True``).
         scalars: How many were added.
         kept: Names of the parameters that are as they were.
         notes: What a reader should know.
@@ -99,6 +100,7 @@ class ConversionReport:
     branches: tuple[ConvertedBranch, ...]
     head: tuple[str, ...]
     removed: tuple[str, ...]
+    constant: tuple[str, ...]
     scalars: int
     kept: tuple[str, ...]
     notes: tuple[str, ...]
@@ -116,11 +118,14 @@ class ConversionReport:
         lines = [
             *_table([header, *rows]),
             f"L = {self.num_branches} residual branches; at 0: {', '.join(self.head) or 'no head'}",
-            f"{len(self.removed)} normalisation layers removed, {self.scalars} scalars added, "
-            f"{len(self.kept)} parameters kept as they were",
+            f"{len(self.removed)} normalisation layers removed{self._constants()}, "
+            f"{self.scalars} scalars added, {len(self.kept)} parameters kept as they were",
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
+
+    def _constants(self) -> str:
+        return f" ({len(self.constant)} are constants now)" if self.constant else ""
 
 
 def _names(branch: ConvertedBranch) -> tuple[str, str]:

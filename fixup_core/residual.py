@@ -33,14 +33,18 @@ ACTIVATIONS = frozenset(
     """relu gelu silu mish elu selu celu leaky_relu prelu rrelu tanh hardtanh hardswish softplus
     relu6 softsign log_sigmoid threshold sigmoid hardsigmoid""".split()
 )
+NORMALISING = frozenset(
+    """batch_norm layer_norm group_norm instance_norm rms_norm native_batch_norm native_layer_norm
+    native_group_norm _native_batch_norm_legit_functional _native_batch_norm_legit
+    _fused_rms_norm""".split()
+)
 PASSING = (
     VIEWS
     | DROPPING
+    | NORMALISING
     | frozenset(
         """relu add mul div cat pad constant_pad_nd avg_pool1d avg_pool2d avg_pool3d max_pool2d
-        adaptive_avg_pool2d max_pool2d_with_indices zeros_like index batch_norm layer_norm
-        group_norm instance_norm native_layer_norm native_group_norm native_batch_norm rms_norm
-        _native_batch_norm_legit_functional _native_batch_norm_legit conv1d conv2d conv3d linear
+        adaptive_avg_pool2d max_pool2d_with_indices zeros_like index conv1d conv2d conv3d linear
         convolution upsample_nearest2d upsample_bilinear2d _upsample_bilinear2d_aa""".split()
     )
 )

@@ -17,6 +17,7 @@ from fixup_core.residual import (
     ADDING,
     BOUNDED,
     DROPPING,
+    NORMALISING,
     FoundBranch,
     Use,
     find_branches,
@@ -24,10 +25,6 @@ from fixup_core.residual import (
 )
 from fixup_core.tracing import VIEWS, Trace, operation, owner, stack
 
-NORMALISING = frozenset(
-    """batch_norm layer_norm group_norm instance_norm rms_norm native_layer_norm native_group_norm
-    _native_batch_norm_legit_functional _native_batch_norm_legit _fused_rms_norm""".split()
-)
 NEARLY_JOINING = frozenset({"add", "sub", "lerp", "addcmul", "stack", "maximum"})
 LEFT_ALONE = ADDING | {"embedding", "prelu", "_prelu_kernel", "index", "masked_fill"}
 """What may be done with a parameter in a branch, besides a weight layer, that needs no rule."""

@@ -123,8 +123,8 @@ class Trace:
         if len(names) > 1 or not is_view(matrices[0]):
             raise UserError(
                 f"the weight of {owner(node) or 'the network'} is computed from "
-                f"{', '.join(sorted(names))}: remove its parametrisation first "
-                "(torch.nn.utils.parametrize.remove_parametrizations)"
+                f"{', '.join(sorted(names))}: make it a parameter first "
+                "(torch.nn.utils.remove_weight_norm)"
             )
         name = next(iter(names))
         others = [n for n in constant if n is not matrices[0] and is_view(n)]

@@ -293,10 +293,11 @@ CONSTANT = {
 def test_what_norms_did_to_a_batch_is_kept(name: str) -> None:
     net = NETS[name][0]()
     torch.manual_seed(1)
-    fixup_(net, example_inputs=3 * IMAGES + 2, calibrate=True, verbose=False)
+    report = fixup_(net, example_inputs=3 * IMAGES + 2, calibrate=True, verbose=False)
+    assert f"({len(CONSTANT[name])} are constants now)" in str(report)
     state = torch.get_rng_state()
     constants = {p.rpartition(".")[0]: m for p, m in net.named_modules() if type(m) is Constant}
-    assert set(constants) == CONSTANT[name]
+    assert set(constants) == set(report.constant) == CONSTANT[name]
     seen: dict[str, Tensor] = {}
 
     def look(path: str) -> Any:
