@@ -108,8 +108,8 @@ def fixup_(
         else:
             plan = declared_plan(network, branches, head)
         check(network, plan)
-        for name in parametrised.keys() & plan.written():
-            parametrised[name].check()
+        for module in parametrised:
+            module.check(plan.written())
         if not keep_norms:
             found = network.named_modules(remove_duplicate=False)
             plan.norms |= {p: plan.norms.get(p, False) for p, m in found if isinstance(m, kinds)}
