@@ -186,7 +186,7 @@ def _measure(
         seconds = compare({c: _step(net, entry, data) for c, net in nets.items()}, args.rounds)
         yield {"net": name, "contestant": "seconds", "seconds": seconds}
     for contestant in CONTESTANTS if args.steps else ():
-        trained = _rows(done, name, contestant)
+        trained = [row for row in _rows(done, name, contestant) if row["steps"] == args.steps]
 
         def train(lr: float, scale: float, seed: int, contestant: str = contestant) -> Any:
             net = _net(entry, contestant, data, scale, seed)

@@ -43,6 +43,16 @@ class Constant(nn.Module):
         scale, shift = (part.to(x.dtype).view(size) for part in (self.scale, self.shift))
         return torch.addcmul(shift, x, scale)
 
+    def reset_(self) -> None:
+        """The identity again."""
+        self.scale.fill_(1.0)
+        self.shift.zero_()
+
+
+def constants(network: nn.Module) -> Iterator[Constant]:
+    """Those of ``network``."""
+    return (module for module in network.modules() if isinstance(module, Constant))
+
 
 class NoNorm(nn.Module):
     """Stands where a normalisation layer stood: the identity, a constant, a scalar bias.

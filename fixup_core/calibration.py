@@ -18,17 +18,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fixup_core.attached import BEFORE, MULTIPLIER, Constant
+from fixup_core.attached import BEFORE, MULTIPLIER, Constant, constants
 from fixup_core.errors import UserError
 from fixup_core.probing import Inputs, in_training_mode, outputs_of
 
 EPS = 1e-5
 """Of the variance, as in batch normalisation."""
+NOTHING = 1e-10
+"""A smaller variance is that of a signal that is not there: it is not magnified."""
 
 
 @torch.no_grad()
 def calibrate_(
-    network: nn.Module, inputs: Inputs, before: Sequence[str], norms: Mapping[str, str]
+    network: nn.Module, inputs: Inputs, before: Sequence[str], norms: Mapping[str, Sequence[str]]
 ) -> None:
     """Set, in one forward pass and in its order, the constants of ``network`` and its biases before
     weight layers; and the multipliers of the branches that start with a constant.
@@ -37,8 +39,8 @@ def calibrate_(
         network: With scalars and constants as ``fixup_`` attaches them.
         inputs: A batch of real data.
         before: Paths of the modules with a scalar bias on what comes in.
-        norms: Paths of what stands for a norm; for one that starts a branch, of the module with
-            the branch's multiplier, else empty.
+        norms: Paths of what stands for a norm; for one that starts branches, of the modules with
+            the branches' multipliers.
 
     Raises:
         UserError: The batch gives numbers that are not finite.
@@ -56,9 +58,8 @@ def calibrate_(
             reached.add(module)
             module.get_parameter("weight").fill_(-args[0].float().mean())
 
-    constants = [m for m in network.modules() if isinstance(m, Constant)]
     biases = [network.get_submodule(f"{path}.{BEFORE}") for path in dict.fromkeys(before)]
-    hooks = [m.register_forward_pre_hook(keep_statistics) for m in constants]
+    hooks = [m.register_forward_pre_hook(keep_statistics) for m in constants(network)]
     hooks += [m.register_forward_pre_hook(start_at_mean_zero) for m in biases]
     try:
         with in_training_mode(network):
@@ -68,12 +69,12 @@ def calibrate_(
             hook.remove()
     for constant, (scale, shift) in found.items():
         _write_(constant, scale, shift)
-    for path, end in norms.items():
-        if end:
-            scale = network.get_buffer(f"{path}.constant.scale")
+    for path, ends in norms.items():
+        scale = network.get_buffer(f"{path}.constant.scale")
+        for end in ends:
             multiplier = network.get_parameter(f"{end}.{MULTIPLIER}.weight")
             multiplier.mul_(scale.pow(-2).mean().sqrt())
-    values = [number for m in (*constants, *biases) for number in m.state_dict().values()]
+    values = [number for m in (*found, *biases) for number in m.state_dict().values()]
     if not all(value.isfinite().all() for value in values):
         raise UserError("the example inputs give numbers that are not finite: scale them first")
 
@@ -82,7 +83,7 @@ def _statistics(module: Constant, x: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and shift that give ``x`` mean 0 and variance 1."""
     dims = [d for d in range(x.dim()) if d != 1] if module.scale.dim() else list(range(x.dim()))
     variance, mean = torch.var_mean(x.float(), dims, correction=0)
-    scale = (variance + EPS).rsqrt()
+    scale = torch.where(variance > NOTHING, (variance + EPS).rsqrt(), 1.0)
     return scale, -mean * scale
 
 

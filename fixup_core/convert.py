@@ -20,6 +20,7 @@ from fixup_core.attached import (
     attach_after_,
     attach_before_,
     attach_multiplier_,
+    constants,
 )
 from fixup_core.branches import ResidualBranch, WeightLayer, collect_branches, collect_classifiers
 from fixup_core.calibration import calibrate_
@@ -109,7 +110,7 @@ def fixup_(
             plan = declared_plan(network, branches, head)
         check(network, plan)
         for module in parametrised:
-            module.check(plan.written())
+            module.check({id(network.get_parameter(name)) for name in plan.written()})
         if not keep_norms:
             found = network.named_modules(remove_duplicate=False)
             plan.norms |= {p: plan.norms.get(p, False) for p, m in found if isinstance(m, kinds)}
@@ -132,11 +133,12 @@ def fixup_(
 
 def _apply_(network: nn.Module, plan: Plan, calibrate: bool) -> None:
     replaced: dict[int, NoNorm] = {}
+    constant = {id(network.get_submodule(path)) for path in plan.constant if calibrate}
     weights = {id(layer): _weight_layer(network, layer) for layer in plan.layers()}
     for path, shifted in plan.norms.items():
         norm = network.get_submodule(path)
-        constant = calibrate and path in plan.constant
-        replaced.setdefault(id(norm), NoNorm(norm, shifted=shifted, constant=constant))
+        there = NoNorm(norm, shifted=shifted, constant=id(norm) in constant)
+        replaced.setdefault(id(norm), there)
         network.set_submodule(path, replaced[id(norm)])
     for module in network.modules():
         if isinstance(module, nn.TransformerEncoder):
@@ -148,6 +150,8 @@ def _apply_(network: nn.Module, plan: Plan, calibrate: bool) -> None:
     ):
         for path in paths:
             attach_(network.get_submodule(path))
+    for added in (*scalars(network), *constants(network)):
+        added.to(next(network.parameters()).device)
     if not collect_branches(network):
         network.residual_branches = Declared(  # type: ignore[assignment]
             ResidualBranch(name, tuple(weights[id(layer)] for layer in layers))
@@ -193,6 +197,10 @@ def _report(
     head = [layer.weight for layer in plan.head]
     tied = [name for name in head if names[id(network.get_parameter(name))] in kept]
     notes = [f"{name} is an embedding too and cannot be 0: it stays" for name in tied]
+    if calibrate and not plan.constant:
+        notes.append(
+            "no norm was found that a constant could stand for: the batch set biases alone"
+        )
     return ConversionReport(
         branches=tuple(converted),
         head=tuple(name for name in head if name not in tied),

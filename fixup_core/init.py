@@ -6,7 +6,6 @@ the model is as it was.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from fixup_core.attached import PackedWeight, constants
 from fixup_core.branches import (
     WeightLayer,
     collect_branches,
@@ -64,8 +64,8 @@ def fixup_init_(
     L and every m are counted from the branches that the blocks declare. The last layer of each
     branch and the classifier become 0, the other layers of a branch are drawn from their standard
     distribution times ``rule(L, m)``, layers outside the branches from their standard
-    distribution, scalars get their initial value and bias vectors 0. Everything is drawn anew, so a
-    second call is harmless.
+    distribution, scalars get their initial value and bias vectors 0; what a batch has set
+    (``fixup_``'s ``calibrate``) is gone. Everything is drawn anew, so a second call is harmless.
 
     Differs: a classifier that shares its weight with an embedding cannot be 0; it is drawn as
     the embedding it is, and the report says so.
@@ -86,8 +86,11 @@ def fixup_init_(
         ValueError: A parameter that no rule covers (it is named), a model without branches, or a
             weight that lies in two branches. Nothing has been written then.
     """
-    with plain_weights(model):
-        plan = _Plan(model, keep)
+    with plain_weights(model) as parametrised:
+        kept = {id(parameter): parameter for parameter in keep}
+        for module in parametrised:
+            kept |= {id(parameter): parameter for parameter in module.plain(kept)}
+        plan = _Plan(model, kept.values())
         if not plan.num_branches:
             raise ValueError(
                 f"{type(model).__name__} declares no residual branch: "
@@ -100,6 +103,10 @@ def fixup_init_(
         plan.add_classifiers(zero)
         plan.add_declared()
         plan.add_others()
+        for module in parametrised:
+            module.check(plan.entries)
+        for constant in constants(model):
+            constant.reset_()
         return plan.write_(generator)
 
 
@@ -129,12 +136,15 @@ def standard_init_(
         ValueError: A parameter of a type that is not known, or ``zero_last_gains`` where no
             normalisation ends a branch. Nothing has been written then.
     """
-    plan = _Plan(model, ())
-    plan.add_scalars()
-    plan.add_norms(zero_last_gains)
-    plan.add_classifiers(zero=False)
-    plan.add_others(convolution)
-    return plan.write_(generator)
+    with plain_weights(model) as parametrised:
+        plan = _Plan(model, ())
+        plan.add_scalars()
+        plan.add_norms(zero_last_gains)
+        plan.add_classifiers(zero=False)
+        plan.add_others(convolution)
+        for module in parametrised:
+            module.check(plan.entries)
+        return plan.write_(generator)
 
 
 def lsuv_init_(model: nn.Module, *args: Any, generator: Generator | None = None) -> FixupReport:
@@ -182,8 +192,8 @@ def draw_zero_heads_(heads: Iterable[nn.Module], *, generator: Generator | None 
     the head can move.
     """
     for head in heads:
-        plain = plain_weights(head) if isinstance(head, nn.Module) else contextlib.nullcontext()
-        with torch.no_grad(), plain:
+        holder = head.module if isinstance(head, PackedWeight) else head
+        with torch.no_grad(), plain_weights(holder):
             weight: Any = head.weight
             if not weight.any():
                 row = Row("", "classifier", std=TORCH_DEFAULT.std(head))

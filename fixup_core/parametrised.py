@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized
 
+from fixup_core.attached import PackedWeight
 from fixup_core.errors import UserError, one_line
 
 
 class Parametrised:
-    """A module with computed weights, which are plain ones between ``off_`` and ``on_``.
+    """A module with computed weights, which are plain parameters between ``off_`` and ``on_``.
 
     Args:
         path: Of the module.
@@ -30,15 +31,20 @@ class Parametrised:
 
     def __init__(self, path: str, module: Any) -> None:
         self.path, self.module, self.kind = path, module, type(module)
-        self.lists = module.parametrizations
-        with torch.no_grad():
-            self.before = {name: getattr(module, name).clone() for name in self.lists}
+        self.lists, self.order = module.parametrizations, list(module._modules)
+        with torch.no_grad():  # of copies: spectral norm goes a step on whenever it is looked at
+            self.before = {name: copy.deepcopy(own)().clone() for name, own in self.lists.items()}
 
-    def check(self, written: Container[str]) -> None:
-        """Raise unless each weight that will be written can take any value, and 0."""
+    def plain(self, of: Container[int]) -> list[nn.Parameter]:
+        """The plain parameters of weights that are computed from parameters ``of`` these ids."""
+        made = [n for n, own in self.lists.items() if all(id(p) in of for p in own.parameters())]
+        return [self.module.get_parameter(name) for name in made]
+
+    def check(self, written: Container[int]) -> None:
+        """Raise unless each weight among those ``written``, by id, can take any value, and 0."""
         for name, before in self.before.items():
-            if self._full(name) in written:
-                drawn = torch.linspace(0.5, 1.0, before.numel()).to(before).view_as(before)
+            if id(self.module.get_parameter(name)) in written:
+                drawn = torch.linspace(-1.0, 1.0, before.numel()).to(before).view_as(before)
                 for value in (drawn, torch.zeros_like(before)):
                     _give_(copy.deepcopy(self.lists[name]), value, self._full(name))
 
@@ -56,6 +62,7 @@ class Parametrised:
         values = {name: module._parameters.pop(name).detach() for name in self.before}
         module.__class__ = self.kind
         modules = {"parametrizations": self.lists, **module._modules}
+        modules = {name: modules[name] for name in self.order if name in modules} | modules
         module._modules.clear()
         module._modules.update(modules)
         return values
@@ -70,12 +77,13 @@ class Parametrised:
         return f"{self.path}.{name}" if self.path else name
 
 
-def parameters_of_weight(module: Any) -> list[nn.Parameter]:
-    """What ``module.weight`` is made of: itself, or the parameters that it is computed from."""
-    if isinstance(module, nn.Module) and is_parametrized(module, "weight"):
-        parts: Any = module.parametrizations
-        return list(parts["weight"].parameters())
-    return [module.weight]
+def parameters_of_weight(layer: Any) -> list[nn.Parameter]:
+    """What ``layer.weight`` is made of: itself, or the parameters that it is computed from."""
+    packed = isinstance(layer, PackedWeight)
+    module, name = (layer.module, layer.name) if packed else (layer, "weight")
+    if is_parametrized(module, name):
+        return list(module.parametrizations[name].parameters())
+    return [layer.weight]
 
 
 @contextlib.contextmanager

@@ -28,8 +28,8 @@ class Plan:
         multiplied: Modules that get a multiplier on their output.
         after: Modules that get a scalar bias on their output.
         norms: Normalisation layers to be removed, and whether a scalar bias takes their place.
-        constant: Those among them that one batch can make constants, each with the module whose
-            multiplier makes up for it, where it starts a branch.
+        constant: Those among them that one batch can make constants, each with the modules whose
+            multipliers make up for it, where it starts branches.
         notes: What the user should know.
     """
 
@@ -40,7 +40,7 @@ class Plan:
     multiplied: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     norms: dict[str, bool] = field(default_factory=dict)
-    constant: dict[str, str] = field(default_factory=dict)
+    constant: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def layers(self) -> list[Layer]:
@@ -75,7 +75,7 @@ def traced_plan(
     plan.head = _named_head(network, head) if head is not None else survey.head
     plan.before += [layer.unit for layer in plan.head if layer.unit]
     survey.place_activation_biases(plan.after, plan.norms)
-    plan.constant = survey.free_norms()
+    plan.constant = survey.free_norms({layer.weight for layer in plan.head})
     plan.before, plan.after = list(dict.fromkeys(plan.before)), list(dict.fromkeys(plan.after))
     return plan
 

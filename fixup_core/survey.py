@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -165,20 +165,25 @@ class Survey:
                     break
                 behind = self._before(behind, first=behind is node)
 
-    def free_norms(self) -> dict[str, str]:
-        """Norms that a constant can stand for, and for those at the start of a branch the module
-        with the branch's multiplier: all but those behind a weight layer of a branch, where rule 2
-        sets the size.
+    def free_norms(self, head: Container[str]) -> dict[str, list[str]]:
+        """Norms that a constant can stand for, each with the modules that have the multipliers of
+        the branches that it starts: all but those behind a weight layer of a branch, where rule 2
+        sets the size, or behind the ``head`` (weights by name), which is 0.
         """
         inner = {u.node for branch in self.branches for u in (*branch.layers, *branch.gates)}
-        inside = {n: b for b in self.branches for n in b.inside if self.trace.depends(n, b.start)}
-        free: dict[str, str | None] = {}
-        for node in self.trace.nodes:
-            for path in self.norms.intersection(stack(node)):
-                if path not in free and node in self.trace.sources:
-                    end = self.layers(inside[node])[-1].unit if node in inside else ""
-                    free[path] = None if inner & self._behind(node) else end
-        return {path: end for path, end in free.items() if end is not None}
+        inner |= {use.node for use in self.uses if use.weight in head}
+        flowing = [node for node in self.trace.nodes if node in self.trace.sources]
+        calls = [(path, n) for n in flowing for path in self.norms.intersection(stack(n))]
+        bound = {path for path, node in calls if inner & self._behind(node)}
+        free: dict[str, list[str]] = {path: [] for path, _ in calls if path not in bound}
+        for branch in self.branches:
+            entering = self.trace.flowing(branch.layers[0].node)[0]
+            end = self.layers(branch)[-1].unit
+            for path, node in calls:
+                starts = node in branch.inside and self.trace.depends(node, branch.start)
+                if path in free and starts and self.trace.depends(entering, node):
+                    free[path] += [end] if end and end not in free[path] else []
+        return free
 
     def _behind(self, node: Node) -> set[Node]:
         """The weight layers and joins that ``node`` is made of with none of these between."""

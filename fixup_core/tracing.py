@@ -124,7 +124,7 @@ class Trace:
             raise UserError(
                 f"the weight of {owner(node) or 'the network'} is computed from "
                 f"{', '.join(sorted(names))}: make it a parameter first "
-                "(torch.nn.utils.remove_weight_norm)"
+                "(for weight norm: torch.nn.utils.remove_weight_norm)"
             )
         name = next(iter(names))
         others = [n for n in constant if n is not matrices[0] and is_view(n)]

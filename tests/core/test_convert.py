@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fixup_core import (
+    ResidualBranch,
+    WeightLayer,
     assert_depth_stable,
     branch_scale,
     collect_branches,
@@ -23,6 +25,7 @@ from fixup_core import (
     scalars,
 )
 from fixup_core.attached import BEFORE, Constant, NoNorm
+from fixup_core.depth import branch_weights
 from fixup_core.errors import UserError
 from fixup_core.init import draw_zero_heads_
 from fixup_core.scaling import unit_scale
@@ -313,6 +316,52 @@ def test_what_norms_did_to_a_batch_is_kept(name: str) -> None:
         if not path.endswith(BEFORE):
             assert entering.var(correction=0) == pytest.approx(1.0, abs=1e-2)
     assert net.eval()(IMAGES).abs().max() == 0
+
+
+class Small(nn.Module):
+    """A small signal, and norms in the places where they are easily taken for others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.norm_q, self.norm_head, self.norm_out = (nn.LayerNorm(8) for _ in range(4))
+        self.q, self.v, self.o, self.up, self.down, self.out = (nn.Linear(8, 8) for _ in range(6))
+        self.norm_twice = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 0.01 * x.flatten(2)[..., :8]
+        weights = torch.softmax(self.q(self.norm_q(x)) @ x.transpose(1, 2), dim=-1)
+        x = x + self.o(weights @ self.v(self.norm(x)))
+        x = x + self.down(self.norm_twice(self.up(self.norm_twice(self.norm(x)))))
+        return self.norm_out(self.out(self.norm_head(x)))
+
+
+def test_a_branch_has_back_what_its_input_was_divided_by() -> None:
+    net = Small()
+    report = fixup_(net, example_inputs=IMAGES, calibrate=True, verbose=False)
+    assert set(report.constant) == {"norm", "norm_q", "norm_head"}  # none behind a layer or head
+    size = 0.01 * IMAGES.flatten(2)[..., :8].std(correction=0)
+    for last in (net.o, net.down):
+        assert last.fixup_multiplier.value().item() == pytest.approx(size.item(), rel=0.1)
+    assert net.norm.constant.scale.item() == pytest.approx(1 / size.item(), rel=0.1)
+    assert net(IMAGES).abs().max() == 0
+    fixup_init_(net)
+    assert net.norm.constant.scale == 1 and net.o.fixup_multiplier.value() == 1
+
+
+def test_a_norm_with_two_names_and_a_signal_that_is_not_there() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3), Basic())
+    net[1].also = net[0]
+    images = IMAGES * torch.tensor([1.0, 0.0, 1.0])[:, None, None]
+    fixup_(net, example_inputs=images, calibrate=True, verbose=False)
+    assert net[1].also is net[0] and net[0].constant.scale[1] == 1
+
+
+def test_named_branches_have_their_biases_set_alone() -> None:
+    net = PreActivation(depth=1)
+    options: Any = {"branches": {"block": ["convs.0", "convs.1"]}, "head": "fc"}
+    report = fixup_(net, example_inputs=3 + IMAGES, calibrate=True, verbose=False, **options)
+    assert not report.constant and "the batch set biases alone" in str(report)
+    assert net.convs[0].fixup_before.value() != 0
 
 
 def test_the_constant_of_a_batch_norm_is_each_channels_own() -> None:
@@ -643,6 +692,16 @@ class Doubled(nn.Module):
         return value / 2
 
 
+class Positive(nn.Module):
+    """One that can take no negative value."""
+
+    def forward(self, log: Tensor) -> Tensor:
+        return log.exp()
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        return value.log()
+
+
 def _parametrised() -> PreActivation:
     """The stem stays; a branch's first and last layer and the head are written."""
     net = PreActivation(depth=2)
@@ -672,8 +731,9 @@ def test_parametrised_weights_take_what_the_rules_draw() -> None:
         F.cross_entropy(net(IMAGES), torch.arange(4)).backward()
         optimizer.step()
     assert net.convs[1].weight.abs().max() > 0 and net(IMAGES).isfinite().all()
-    fixup_init_(net)
-    assert net(IMAGES).abs().max() == 0
+    stem = net.stem.weight.detach().clone()
+    fixup_init_(net, keep=list(net.stem.parameters()))
+    assert net(IMAGES).abs().max() == 0 and torch.equal(net.stem.weight, stem)
     draw_zero_heads_([net.fc])
     assert net(IMAGES).abs().max() > 0
 
@@ -689,13 +749,31 @@ def test_a_parametrised_network_is_measured_by_the_depth_check() -> None:
     assert_depth_stable(make_net, batch=BATCH, depths=[1, 3, 9], seeds=2, tolerance=0.4)
 
 
-@pytest.mark.parametrize("kind", ["spectral_norm", "orthogonal"])
-def test_a_parametrisation_that_cannot_be_zero_is_refused(kind: str) -> None:
+def test_a_parametrised_packed_weight() -> None:
+    net = Encoder()
+    for layer in net.encoder.layers:
+        nn.utils.parametrize.register_parametrization(layer.self_attn, "in_proj_weight", Doubled())
+    fixup_(net, example_inputs=IMAGES, verbose=False)
+    assert len(collect_branches(net)) == 4 and net(IMAGES).abs().max() == 0
+    assert all(weight.is_leaf for weight in branch_weights(net))
+
+
+@pytest.mark.parametrize("kind", ["spectral_norm", "orthogonal", "positive"])
+def test_a_parametrisation_that_cannot_take_all_values_is_refused(kind: str) -> None:
     net = PreActivation()
-    getattr(nn.utils.parametrizations, kind)(net.convs[1])
-    _left_alone(
-        net, "convs.1.weight is parametrised by .* which cannot take", example_inputs=IMAGES
-    )
+    if kind == "positive":
+        net.convs[1].weight.data.abs_()
+        nn.utils.parametrize.register_parametrization(net.convs[1], "weight", Positive())
+    else:
+        getattr(nn.utils.parametrizations, kind)(net.convs[1])
+    message = "convs.1.weight is parametrised by .* which cannot take"
+    _left_alone(net, message, example_inputs=IMAGES)
+    names, before = list(net.state_dict()), copy.deepcopy(net.train().state_dict())
+    net.residual_branches = lambda: [ResidualBranch("a", tuple(map(WeightLayer, net.convs)))]
+    with pytest.raises(UserError, match=message):
+        fixup_init_(net, keep=[p for n, p in net.named_parameters() if "norm" in n])
+    assert list(net.state_dict()) == names
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_a_weight_that_hooks_compute_is_refused() -> None:
