@@ -348,12 +348,18 @@ def test_a_branch_has_back_what_its_input_was_divided_by() -> None:
     assert net.norm.constant.scale == 1 and net.o.fixup_multiplier.value() == 1
 
 
-def test_a_norm_with_two_names_and_a_signal_that_is_not_there() -> None:
+def test_a_norm_with_two_names_becomes_one_constant() -> None:
+    net = Small()
+    net.also = net.norm
+    fixup_(net, example_inputs=IMAGES, calibrate=True, verbose=False)
+    assert net.also is net.norm and net.norm.constant.scale > 50
+
+
+def test_a_signal_that_is_not_there_is_not_magnified() -> None:
     net = nn.Sequential(nn.BatchNorm2d(3), Basic())
-    net[1].also = net[0]
     images = IMAGES * torch.tensor([1.0, 0.0, 1.0])[:, None, None]
     fixup_(net, example_inputs=images, calibrate=True, verbose=False)
-    assert net[1].also is net[0] and net[0].constant.scale[1] == 1
+    assert net[0].constant.scale[1] == 1
 
 
 def test_named_branches_have_their_biases_set_alone() -> None:
