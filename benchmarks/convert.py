@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.core import foreign
 
 CONTESTANTS = ("as it is", "fixup_")
-KINDS = ("seconds", *CONTESTANTS)
+UNCALIBRATED = "fixup_, no batch"
+"""Converted without ``calibrate=True``."""
 RESNET = (0.0005, 0.001, 0.002, 0.004)
 SMALL = (0.002, 0.004, 0.008, 0.016)
 VIT = (0.0001, 0.0003, 0.001, 0.003)
@@ -80,7 +81,7 @@ class Entry:
 
     def settings(self, contestant: str) -> list[tuple[float, float]]:
         """Learning rate and scale of the rule: as many for each contestant."""
-        if contestant == "fixup_":
+        if contestant != "as it is":
             return [(lr, scale) for lr in self.rates[1:3] for scale in SCALES]
         return [(lr, 1.0) for lr in self.rates]
 
@@ -134,6 +135,7 @@ def _parse() -> argparse.Namespace:
     add("--seeds", type=int, default=3, help="of the best setting (default: 3)")
     add("--batch", type=int, default=64, help="default: 64")
     add("--rounds", type=int, default=5, help="of timing (default: 5)")
+    add("--uncalibrated", action="store_true", help="train them without calibrate=True too")
     add("--threads", type=int, default=2, help="default: 2")
     add("--table", action="store_true", help="print the results so far")
     return parser.parse_args()
@@ -185,7 +187,8 @@ def _measure(
         nets = {contestant: _net(entry, contestant, data) for contestant in CONTESTANTS}
         seconds = compare({c: _step(net, entry, data) for c, net in nets.items()}, args.rounds)
         yield {"net": name, "contestant": "seconds", "seconds": seconds}
-    for contestant in CONTESTANTS if args.steps else ():
+    trained_ones = [*CONTESTANTS, UNCALIBRATED] if args.uncalibrated else CONTESTANTS
+    for contestant in trained_ones if args.steps else ():
         trained = [row for row in _rows(done, name, contestant) if row["steps"] == args.steps]
 
         def train(lr: float, scale: float, seed: int, contestant: str = contestant) -> Any:
@@ -222,12 +225,12 @@ def _best(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _net(entry: Entry, contestant: str, data: Data, scale: float = 1.0, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     net = entry.make().to(memory_format=torch.channels_last)
-    if contestant == "fixup_":
+    if contestant != "as it is":
         example = next(data.batches(entry.side, 1))[0]
         fc.fixup_(
             net,
             example_inputs=example,
-            calibrate=True,
+            calibrate=contestant != UNCALIBRATED,
             rule=lambda L, m: scale ** (1 / (m - 1)) * fc.branch_scale(L, m),
             verbose=False,
         )
@@ -286,20 +289,20 @@ def _finite_loss(row: dict[str, Any]) -> float:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    print("| network | step, ratio | loss: as it is | `fixup_` | accuracy: as it is | `fixup_` |")
-    print("|---|---|---|---|---|---|")
+    kinds = (*CONTESTANTS, UNCALIBRATED)
+    print(f"| network | step, ratio | loss: {' | '.join(kinds)} | accuracy: {' | '.join(kinds)} |")
+    print("|" + "---|" * (2 + 2 * len(kinds)))
     for name in dict.fromkeys(row["net"] for row in rows):
-        found = {c: _rows(rows, name, c) for c in KINDS}
-        if all(found.values()):
-            seconds = found["seconds"][0]["seconds"]["fixup_"]["median_ratio"]
-            chosen = [_of_best_setting(found[c]) for c in CONTESTANTS]
-            losses = " | ".join(_spread([row["loss"] for row in own]) for own in chosen)
-            scores = " | ".join(f"{100 * _mean([r['score'] for r in own]):.1f} %" for own in chosen)
-            print(f"| {name} | {seconds:.2f} | {losses} | {scores} |")
+        timed = _rows(rows, name, "seconds")
+        ratio = f"{timed[-1]['seconds']['fixup_']['median_ratio']:.2f}" if timed else ""
+        found = [_of_best_setting(_rows(rows, name, kind)) for kind in kinds]
+        losses = [_spread([row["loss"] for row in own]) for own in found]
+        scores = [f"{100 * _mean([r['score'] for r in own]):.1f} %" if own else "" for own in found]
+        print(f"| {' | '.join([name, ratio, *losses, *scores])} |")
 
 
 def _of_best_setting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    best = _best(rows)
+    best = _best(rows) if rows else {}
     return [row for row in rows if (row["lr"], row["scale"]) == (best["lr"], best["scale"])]
 
 
@@ -309,6 +312,8 @@ def _mean(numbers: list[float]) -> float:
 
 def _spread(numbers: list[float]) -> str:
     """The mean, and in brackets the smallest and the largest."""
+    if len(numbers) < 2:
+        return "".join(f"{number:.3f}" for number in numbers)
     return f"{_mean(numbers):.3f} ({min(numbers):.3f}-{max(numbers):.3f})"
 
 
