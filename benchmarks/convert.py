@@ -39,6 +39,7 @@ UNCALIBRATED = "fixup_, no batch"
 RESNET = (0.0005, 0.001, 0.002, 0.004)
 SMALL = (0.002, 0.004, 0.008, 0.016)
 VIT = (0.0001, 0.0003, 0.001, 0.003)
+LARGE_VIT = (0.00003, 0.0001, 0.0003, 0.001)
 TEXT = (0.001, 0.002, 0.003, 0.006)
 SCALES = (1.0, 3.0)
 """Of the product of a branch's factors: the rule has ``scale / sqrt(L)``."""
@@ -92,7 +93,9 @@ NETS = {
     "torchvision resnet50": Entry(lambda: tv.resnet50(num_classes=10), 32, RESNET),
     "timm resnet50d": Entry(lambda: _timm("resnet50d"), 32, RESNET),
     "torchvision convnext_tiny": Entry(lambda: tv.convnext_tiny(num_classes=10), 32, RESNET),
-    "torchvision vit_b_16": Entry(lambda: tv.vit_b_16(num_classes=10, image_size=32), 32, VIT),
+    "torchvision vit_b_16": Entry(
+        lambda: tv.vit_b_16(num_classes=10, image_size=32), 32, LARGE_VIT
+    ),
     "timm vit_tiny": Entry(
         lambda: _timm("vit_tiny_patch16_224", img_size=32, patch_size=8), 32, VIT
     ),
