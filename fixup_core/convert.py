@@ -79,7 +79,7 @@ def fixup_(
             stays: the biases before weight layers start at minus the mean of what comes in, and
             norms outside the branches, or before a branch's first layer, become constants
             (``fixup_core.calibration``). Not in the paper; data-dependent as LSUV is (Mishkin and
-            Matas 2016), of scalars and constants only.
+            Matas 2016), of scalars and constants only. Clip the gradients of such a network.
         rule: ``rule(L, m)`` is the factor inside a branch.
         generator: Source of the random numbers; PyTorch's own by default.
         verbose: Print the report.
