@@ -28,6 +28,7 @@ def test_the_search_benchmark_times_every_contestant(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "result.json").read_text())["seconds"]) == 4
 
 
+@pytest.mark.slow
 def test_the_vision_benchmark_times_every_contestant(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     flags = {"nets": "cifar_resnet8", "rounds": 1, "threads": 1, "json": result}

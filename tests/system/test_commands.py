@@ -163,7 +163,10 @@ HYDRA = {
 }
 
 
-@pytest.mark.parametrize("bf16", ["false", "true"], ids=["float32", "bf16"])
+@pytest.mark.parametrize(
+    "bf16",
+    [pytest.param("false", id="float32"), pytest.param("true", id="bf16", marks=pytest.mark.slow)],
+)
 def test_hydra_train_and_the_scalars_rate(data_bin: Path, tmp_path: Path, bf16: str) -> None:
     settings = HYDRA | {
         "task.data": str(data_bin),
@@ -232,7 +235,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.mark.parametrize("where", ["relative", "absolute", "installed"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("relative", marks=pytest.mark.slow),
+        pytest.param("absolute", marks=pytest.mark.slow),
+        "installed",
+    ],
+)
 def test_user_dir(where: str, data_bin: Path, tmp_path: Path, request) -> None:
     """A bare checkout where nothing is installed, and an installed copy."""
     if where == "installed":

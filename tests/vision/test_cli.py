@@ -113,6 +113,7 @@ def test_two_processes_equal_one_with_the_same_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(second["state_dict"][name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_with_the_metrics_of_both(tmp_path: Path) -> None:
     flags = ("--checkpoint_every", "3", "--trainer.max_epochs", "1")
     two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
