@@ -109,8 +109,9 @@ def fixup_(
         else:
             plan = declared_plan(network, branches, head)
         check(network, plan)
+        written = {id(network.get_parameter(name)) for name in plan.written()}
         for module in parametrised:
-            module.check({id(network.get_parameter(name)) for name in plan.written()})
+            module.check(written)
         if not keep_norms:
             found = network.named_modules(remove_duplicate=False)
             plan.norms |= {p: plan.norms.get(p, False) for p, m in found if isinstance(m, kinds)}

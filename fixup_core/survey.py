@@ -185,16 +185,20 @@ class Survey:
                     free[path] += [end] if end and end not in free[path] else []
         return free
 
+    @cached_property
+    def _ends(self) -> set[Node]:
+        """Every weight layer and join."""
+        return {use.node for use in self.uses} | {branch.join for branch in self.branches}
+
     def _behind(self, node: Node) -> set[Node]:
         """The weight layers and joins that ``node`` is made of with none of these between."""
-        ends = {use.node for use in self.uses} | {branch.join for branch in self.branches}
         waiting, seen = [node], set()
         while waiting:
             one = waiting.pop()
             if one not in seen:
                 seen.add(one)
-                waiting += [] if one in ends else self.trace.flowing(one)
-        return seen & ends
+                waiting += [] if one in self._ends else self.trace.flowing(one)
+        return seen & self._ends
 
     def _before(self, node: Node, first: bool) -> Node | None:
         """What an activation's input is, moved or dropped at the most."""
