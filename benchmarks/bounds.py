@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fixup_core import param_groups
-from fixup_core.diagnostics import BoundTable, activation_bounds, euler_identity, gradient_bounds
-from fixup_core.figures import Curve, Panel, draw
-from fixup_core.homogeneous import homogeneous_sets, is_positively_homogeneous
+from fixup_core.measure.bounds import BoundTable, activation_bounds, euler_identity, gradient_bounds
+from fixup_core.measure.figures import Curve, Panel, draw
+from fixup_core.measure.homogeneous import homogeneous_sets, is_positively_homogeneous
 from vision.nets import build_net
 
 METHODS = {"none": "He, no normalisation", "fixup": "Fixup"}

@@ -1,6 +1,6 @@
 """The figures and numbers of docs/gradient-flow.md: ``python benchmarks/gradient_flow.py``.
 
-Chains of 50 links on random vectors (``fixup_core.chains``); a graph of three scalar blocks, whose
+Chains of 50 links on random vectors (``measure.chains``); a graph of three scalar blocks, whose
 picture needs graphviz. About five seconds on one core.
 """
 
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fixup_core.backward_graph import BackwardGraph, backward_graph
-from fixup_core.chains import VARIANTS, Chain, build_chain
 from fixup_core.errors import UserError
-from fixup_core.figures import draw
-from fixup_core.gradient_flow import gradient_flow, panel_of
-from fixup_core.residual_paths import path_lengths, residual_split
+from fixup_core.measure.backward_graph import BackwardGraph, backward_graph
+from fixup_core.measure.chains import VARIANTS, Chain, build_chain
+from fixup_core.measure.figures import draw
+from fixup_core.measure.flow import gradient_flow, panel_of
+from fixup_core.measure.paths import path_lengths, residual_split
 
 DEPTH, WIDTH, CLASSES, BATCH = 50, 64, 10, 128
 LINKS = [f"links.{i}" for i in range(DEPTH)]

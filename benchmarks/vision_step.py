@@ -5,7 +5,7 @@ training step (forward, loss, backward), for inference, and in float32 and bfloa
 in channels_last:
 
 - ``bare``: the same network without normalisation and without scalars;
-- ``Fixup``: scalars carried (``fixup_core.ops``); ``folded``: by ``fixup_core.fold``;
+- ``Fixup``: scalars carried (``fixup_core.fuse.ops``); ``folded``: by ``fixup_core.fuse.fold``;
 - ``Fixup, plain``: every scalar a pass over its tensor, as the authors' code has it;
 - ``BatchNorm``.
 
@@ -27,8 +27,8 @@ from side_by_side import add_arguments, compare, in_own_process, peak_bytes, sho
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fixup_core import ops
-from fixup_core.fold import fold
+from fixup_core.fuse import ops
+from fixup_core.fuse.fold import fold
 from vision.nets import build_net
 
 SHAPES = {

@@ -3,30 +3,30 @@
 The rules shared by ``fixup_mt`` and ``vision``; needs torch alone.
 """
 
-from fixup_core.branches import ResidualBranch, WeightLayer, collect_branches
-from fixup_core.convert import fixup_
-from fixup_core.depth import (
+from fixup_core.convert.convert import fixup_
+from fixup_core.measure.bounds import activation_bounds, euler_identity, gradient_bounds
+from fixup_core.measure.depth import (
     DepthCheck,
     assert_depth_stable,
     branch_weights,
     depth_check,
     plot_depth_checks,
 )
-from fixup_core.diagnostics import activation_bounds, euler_identity, gradient_bounds
-from fixup_core.gradient_flow import plot_flows
-from fixup_core.homogeneous import homogeneous_sets, is_positively_homogeneous
-from fixup_core.init import fixup_init_, lsuv_init_, standard_init_
-from fixup_core.param_groups import SCALAR_LR_RATIO, anchored_rate, param_groups
-from fixup_core.report import ConversionReport, ConvertedBranch, FixupReport
-from fixup_core.residual_paths import path_lengths, residual_split
-from fixup_core.scalars import (
+from fixup_core.measure.flow import plot_flows
+from fixup_core.measure.homogeneous import homogeneous_sets, is_positively_homogeneous
+from fixup_core.measure.paths import path_lengths, residual_split
+from fixup_core.rules.branches import ResidualBranch, WeightLayer, collect_branches
+from fixup_core.rules.init import fixup_init_, lsuv_init_, standard_init_
+from fixup_core.rules.param_groups import SCALAR_LR_RATIO, anchored_rate, param_groups
+from fixup_core.rules.report import ConversionReport, ConvertedBranch, FixupReport
+from fixup_core.rules.scalars import (
     Scalar,
     ScalarBias,
     ScalarMultiplier,
     anchor_scalars_,
     scalars,
 )
-from fixup_core.scaling import branch_scale
+from fixup_core.rules.scaling import branch_scale
 
 __all__ = [
     "SCALAR_LR_RATIO",

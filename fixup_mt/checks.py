@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fixup_core import branch_scale, fixup_init_
-from fixup_core.scaling import unit_scale
+from fixup_core.rules.scaling import unit_scale
 from fixup_mt.errors import UserError
 
 DEPTHS = (1, 2, 4, 8, 16, 32)

@@ -13,7 +13,7 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU
 
-from fixup_core import figures
+from fixup_core.measure import figures
 from fixup_mt.errors import UserError
 from fixup_mt.jobs import STARTED
 from fixup_mt.score import (

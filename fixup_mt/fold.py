@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fixup_core.errors import UserError
-from fixup_core.ops import Number, value_of
+from fixup_core.fuse.ops import Number, value_of
 from fixup_mt.layers import BiasLinearMultiplier, LinearBias, LinearMultiplier
 from fixup_mt.model import FixupTransformerModel
 from fixup_mt.stacks import TiedProjection

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fixup_core import ResidualBranch, ScalarBias, ScalarMultiplier, WeightLayer
-from fixup_core.standards import PACKED_XAVIER_UNIFORM
+from fixup_core.rules.standards import PACKED_XAVIER_UNIFORM
 from fixup_mt.beams import apart, appended, group_mark, is_identity, sentence_order, together
 
 AUTHORS_CROSS_ATTENTION_BRANCHES = 12

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fixup_core.onnx_file import write_onnx
+from fixup_core.fuse.onnx_file import write_onnx
 from fixup_mt.errors import UserError
 from fixup_mt.fold import fold_transformer, positions
 from fixup_mt.plain import PlainDecoderStep, PlainEncoder

@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from fixup_core.diagnostics import BoundTable, gradient_bounds
 from fixup_core.errors import UserError
-from fixup_core.gradient_flow import GradientFlow, gradient_flow, plot_flows
+from fixup_core.measure.bounds import BoundTable, gradient_bounds
+from fixup_core.measure.flow import GradientFlow, gradient_flow, plot_flows
 from vision.data.batches import Batch
 
 LEGIBLE = 32
@@ -107,7 +107,7 @@ class GradientFlowLogger(Callback):
 
     Args:
         every_n_steps: How often.
-        bounds: Also log the bounds of ``fixup_core.diagnostics.gradient_bounds``; a bound that is
+        bounds: Also log the bounds of ``fixup_core.gradient_bounds``; a bound that is
             not defined, the set being not p.h., is left out.
     """
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fixup_core.errors import UserError
-from fixup_core.figures import Curve, Panel, draw
+from fixup_core.measure.figures import Curve, Panel, draw
 from vision.cli import RUNS, VisionCLI
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "vision"

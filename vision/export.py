@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fixup_core.errors import UserError
-from fixup_core.fold import fold
-from fixup_core.onnx_file import write_onnx
+from fixup_core.fuse.fold import fold
+from fixup_core.fuse.onnx_file import write_onnx
 from vision.lit_classifier import load_classifier
 from vision.nets import image_of, net_options
 

@@ -25,7 +25,7 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from fixup_core.errors import UserError
-from fixup_core.figures import Curve, Panel, draw
+from fixup_core.measure.figures import Curve, Panel, draw
 from vision.cli import RUNS
 from vision.data import VisionData
 from vision.lit_classifier import DivergedError, LitClassifier, load_classifier

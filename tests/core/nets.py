@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fixup_core import ResidualBranch, ScalarBias, ScalarMultiplier, WeightLayer
-from fixup_core.standards import TORCH_DEFAULT
+from fixup_core.rules.standards import TORCH_DEFAULT
 
 
 class MlpBlock(nn.Module):

@@ -48,7 +48,7 @@ EXPONENT = re.compile(r"2\*\w+-2|\*\*\(-1/|\*\*-1/")
 
 
 def test_the_exponent_in_scaling_would_be_seen() -> None:
-    code = (ROOT / "fixup_core" / "scaling.py").read_text(encoding="utf-8")
+    code = (ROOT / "fixup_core" / "rules" / "scaling.py").read_text(encoding="utf-8")
     assert EXPONENT.search("".join(code.split()))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fixup_core.gradient_flow import gradient_flow
+from fixup_core.measure.flow import gradient_flow
 from fixup_mt.flow_log import layer_gradient_norms
 from tests.conftest import fairseq, train_flags
 from tests.mt.helpers import batch, build, build_lm, trained

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fixup_core import collect_branches, scalars
-from fixup_core.param_groups import anchored_rate
+from fixup_core.rules.param_groups import anchored_rate
 from fixup_mt.errors import UserError
 from fixup_mt.layers import BiasLinearMultiplier, LinearBias, LinearMultiplier
 from fixup_mt.presets import LANGUAGE_MODELS, TRANSLATION

@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fixup_core import ResidualBranch, WeightLayer, ops
+from fixup_core import ResidualBranch, WeightLayer
 from fixup_core.errors import UserError
-from fixup_core.fold import Floor, floor_of, folded_convolution
-from fixup_core.ops import Around
+from fixup_core.fuse import ops
+from fixup_core.fuse.fold import Floor, floor_of, folded_convolution
+from fixup_core.fuse.ops import Around
 from vision.nets.folded import FoldedBlock
 from vision.nets.methods import Method, make_activation
 
@@ -169,7 +170,7 @@ class Block(nn.Module):
         return ops.constant(*map(ops.value_of, scalars))
 
     def carried(self, h: Tensor, entry: ops.Number, following: ops.Number) -> Tensor:
-        """The forward pass with the scalars carried along (``fixup_core.ops``).
+        """The forward pass with the scalars carried along (``fixup_core.fuse.ops``).
 
         Args:
             h: The input plus ``entry``, this block's own.

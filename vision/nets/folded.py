@@ -1,4 +1,4 @@
-"""Residual networks without scalars, as ``fixup_core.fold`` makes them.
+"""Residual networks without scalars, as ``fixup_core.fuse.fold`` makes them.
 
 Tensors are [B, C, H, W].
 """

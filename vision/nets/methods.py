@@ -23,8 +23,8 @@ from fixup_core import (
     standard_init_,
 )
 from fixup_core.errors import UserError
-from fixup_core.scaling import unit_scale
-from fixup_core.standards import XAVIER_NORMAL
+from fixup_core.rules.scaling import unit_scale
+from fixup_core.rules.standards import XAVIER_NORMAL
 
 GROUPS = 32
 """Of group normalisation (Wu and He 2018), or fewer where a layer has fewer channels."""

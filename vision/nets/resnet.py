@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fixup_core import WeightLayer, ops
+from fixup_core import WeightLayer
 from fixup_core.errors import UserError
-from fixup_core.fold import floor_of, folded_convolution
-from fixup_core.ops import Around
-from fixup_core.standards import TORCH_DEFAULT
+from fixup_core.fuse import ops
+from fixup_core.fuse.fold import floor_of, folded_convolution
+from fixup_core.fuse.ops import Around
+from fixup_core.rules.standards import TORCH_DEFAULT
 from vision.nets.blocks import ORDERS, SHORTCUTS, Block, Design
 from vision.nets.folded import FoldedHead
 from vision.nets.methods import Network, choose, make_activation
@@ -175,7 +176,7 @@ class ResNet(Network):
         return [*(block.entry() for block in blocks), self.head.entry()]
 
     def folded(self) -> nn.Module:
-        """The plain network of ``fixup_core.fold``.
+        """The plain network of ``fixup_core.fuse.fold``.
 
         Raises:
             UserError: A method without scalars, or another activation than ReLU.

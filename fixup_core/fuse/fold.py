@@ -1,0 +1,90 @@
+"""Networks without scalars, for inference: everything folded into weights and biases.
+
+The carried route (``fixup_core.fuse.ops``) with its constants written down for good: a convolution
+takes the multiplier into its weight and all biases around it into its bias, an activation becomes a
+floor. Zero padding stays right at the border of an image: the convolution sees what it saw.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fixup_core.errors import UserError
+from fixup_core.fuse import ops
+from fixup_core.fuse.ops import Around
+
+
+class Floor(nn.Module):
+    """``max(x, floor)``; at 0 a ReLU.
+
+    Args:
+        floor: A plain number, kept in the state dict.
+    """
+
+    def __init__(self, floor: float) -> None:
+        super().__init__()
+        self.floor = floor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=self.floor)
+
+    def get_extra_state(self) -> Tensor:
+        """The floor, for a state dict."""
+        return torch.tensor(self.floor, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the floor of a state dict."""
+        self.floor = state.item()
+
+    def extra_repr(self) -> str:
+        return f"{self.floor:g}"
+
+
+def fold(network: nn.Module) -> nn.Module:
+    """A plain network with the outputs of ``network`` in evaluation, up to rounding.
+
+    Args:
+        network: One that has a ``folded()`` method: those of ``vision.nets``, and any that builds
+            one of ``folded_convolution`` and ``Floor``. It is left as it is.
+
+    Returns:
+        A network of its own weights, in evaluation mode.
+
+    Raises:
+        UserError: The network has no such method, or something in it that cannot be folded.
+    """
+    make: Any = getattr(network, "folded", None)
+    if make is None:
+        raise UserError(
+            f"{type(network).__name__} cannot be folded: give it a folded() method that builds the "
+            "plain network (fixup_core/fuse/fold.py)"
+        )
+    with torch.no_grad():
+        plain: nn.Module = make()
+    return plain.eval().requires_grad_(False)
+
+
+def floor_of(around: Around) -> nn.Module:
+    """The activation among the scalars; nothing where there is none."""
+    return Floor(float(around.after)) if around.relu else nn.Identity()
+
+
+def folded_convolution(conv: nn.Conv2d, around: Around, scale: ops.Number = 1.0) -> nn.Conv2d:
+    """A convolution with the multiplier behind it and the biases around it.
+
+    Args:
+        conv: With zero padding.
+        around: The scalars that follow; its floor is not part of the convolution.
+        scale: The multiplier.
+    """
+    plain = copy.deepcopy(conv)
+    zero = conv.weight.new_zeros(conv.out_channels)
+    bias = zero if conv.bias is None else conv.bias * scale
+    added = ops.constant(around.before, around.after, -around.carried)
+    plain.weight = nn.Parameter(conv.weight * scale)
+    plain.bias = nn.Parameter(bias + added)
+    return plain

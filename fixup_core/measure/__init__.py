@@ -1,0 +1,1 @@
+"""Measurements of networks: depth, gradients and their bounds, paths."""

@@ -1,0 +1,114 @@
+"""``python -m fixup_core check NET``: the depth check of a network, as a table, figure or JSON.
+
+NET is one of this project's networks or ``package.module:function``. The function, called without
+arguments or with the ``--rule``, returns what ``depth_check`` takes: a dictionary with ``make_net``
+and ``batch``, and what else it wants to set. Status 0: flat; 1: not; 2: a mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import math
+import sys
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+from fixup_core.errors import UserError
+from fixup_core.measure.depth import (
+    MOVED,
+    DepthCheck,
+    branch_weights,
+    depth_check,
+    plot_depth_checks,
+)
+
+NETS = {
+    "cifar": "vision.checks:cifar",
+    "bottleneck": "vision.checks:bottleneck",
+    "transformer": "fixup_mt.checks:transformer",
+}
+"""The project's own; the core knows their names alone."""
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    nets = ", ".join(NETS)
+    parser.add_argument("net", metavar="NET", help=f"{nets}, or package.module:function")
+    parser.add_argument("--rule", nargs="+", help="passed to the function; several are compared")
+    parser.add_argument("--depths", nargs="+", type=int, help="three or more")
+    parser.add_argument("--seeds", type=int, help="networks of each depth")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="default: sgd")
+    parser.add_argument("--moved", choices=MOVED, help="what takes the step; default: branches")
+    parser.add_argument(
+        "--branches", metavar="ENDING", help="move only the branches whose name ends so"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="write a figure, as depth.png")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; 0 where every rule is flat, else 1."""
+    if args.moved and args.branches:
+        raise UserError("give --moved or --branches, not both")
+    checks = {rule or args.net: _check(args, rule) for rule in args.rule or [None]}
+    if args.json:
+        print(json.dumps({name: _plain(check) for name, check in checks.items()}, indent=2))
+    else:
+        print("\n\n".join(f"{name}\n{check}" for name, check in checks.items()))
+    if args.plot:
+        plot_depth_checks(checks, args.plot)
+    return 0 if all(check.flat for check in checks.values()) else 1
+
+
+def _check(args: argparse.Namespace, rule: str | None) -> DepthCheck:
+    options = _subject(args.net, rule)
+    for name in ("depths", "seeds", "moved"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    if args.branches:
+        options["moved"] = partial(branch_weights, ending=args.branches)
+    told = f"{rule}: " if rule else ""
+    return depth_check(
+        **options,
+        optimizer=OPTIMIZERS[args.optimizer],
+        progress=lambda line: print(told + line, file=sys.stderr),
+    )
+
+
+def _subject(net: str, rule: str | None) -> dict[str, Any]:
+    """What the network's function returns."""
+    path, _, name = NETS.get(net, net).partition(":")
+    if not name:
+        raise UserError(f"there is no network {net!r}: take {', '.join(NETS)} or module:function")
+    try:
+        function = getattr(importlib.import_module(path), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise UserError(f"{net}: {error}") from error
+    if rule is not None and "rule" not in inspect.signature(function).parameters:
+        raise UserError(f"{net} takes no rule: leave --rule away")
+    options = function() if rule is None else function(rule=rule)
+    if not isinstance(options, dict) or not {"make_net", "batch"} <= options.keys():
+        raise UserError(f"{net} must return a dictionary with make_net and batch")
+    return dict(options)
+
+
+def _plain(check: DepthCheck) -> dict[str, Any]:
+    """As JSON has it: what is infinite or no number becomes null."""
+    found = {**asdict(check), "slope": asdict(check.slope), "verdict": check.verdict}
+    return {key: _finite(value) for key, value in found.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None

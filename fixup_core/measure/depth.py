@@ -1,0 +1,314 @@
+"""The depth check: does one small step change the network's function as much at any depth?
+
+For depth what the coordinate check of mup (Yang et al. 2022, section 5) is for width. It knows
+nothing of a rule: it takes any function that builds a network of a depth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fixup_core.errors import UserError
+from fixup_core.measure.figures import Curve, Panel, draw
+from fixup_core.measure.line_fit import Slope, fit_slope
+from fixup_core.probing import Inputs, first_tensor, modules_named, outputs_of
+from fixup_core.rules.branches import collect_branches, collect_classifiers
+from fixup_core.rules.init import draw_zero_heads_
+from fixup_core.rules.parametrised import parameters_of_weight
+from fixup_core.rules.scalars import scalars
+
+DEPTHS = (4, 8, 16, 32, 64, 128)
+SEEDS = 10
+TOLERANCE = 0.2
+"""Of the slope: over ``DEPTHS``, a span of 32, the size may at most double or halve."""
+
+Moved = str | Callable[[nn.Module], Iterable[nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class DepthCheck:
+    """How much one step changes the network's function, by depth.
+
+    Attributes:
+        depths: As they were asked for.
+        num_branches: L of each network, counted; its depth where no branch is declared.
+        sizes: For each depth, one number a seed: the root mean square change of the outputs,
+            divided by the step size.
+        tolerance: How far from 0 a flat slope may be.
+    """
+
+    depths: tuple[int, ...]
+    num_branches: tuple[int, ...]
+    sizes: tuple[tuple[float, ...], ...]
+    tolerance: float = TOLERANCE
+
+    @cached_property
+    def slope(self) -> Slope:
+        """Of the logarithm of the size over the logarithm of L, and its 95 % interval."""
+        if not all(math.isfinite(size) for found in self.sizes for size in found):
+            return Slope(math.inf, math.inf, math.inf)
+        pairs = zip(self.num_branches, self.sizes, strict=True)
+        return fit_slope([(math.log(L), math.log(size)) for L, found in pairs for size in found])
+
+    @property
+    def verdict(self) -> str:
+        """What the slope says: one of four words.
+
+        "flat": the whole interval lies within the tolerance. "growing", "shrinking": the slope
+        lies outside it, and the interval on one side of 0; a size that is infinite or no number
+        counts as growing. "unclear": neither; more seeds or depths would tell.
+        """
+        slope = self.slope
+        if -self.tolerance <= slope.low and slope.high <= self.tolerance:
+            return "flat"
+        if slope.value > self.tolerance and slope.low > 0:
+            return "growing"
+        return "shrinking" if slope.value < -self.tolerance and slope.high < 0 else "unclear"
+
+    @property
+    def flat(self) -> bool:
+        return self.verdict == "flat"
+
+    def summary(self) -> str:
+        """One line: the slope, its interval and the verdict."""
+        slope = self.slope
+        return (
+            f"slope {slope.value:.2f} (95 % interval {slope.low:.2f} to {slope.high:.2f}; "
+            f"flat is within {self.tolerance:g} of 0): {self.verdict}"
+        )
+
+    def __str__(self) -> str:
+        """A table, a line for each depth, and the verdict."""
+        cells = [("depth", "branches", "change", "spread over seeds")]
+        for depth, branches, sizes in zip(self.depths, self.num_branches, self.sizes, strict=True):
+            mean = _mean(sizes)
+            spread = math.sqrt(_mean([(size - mean) ** 2 for size in sizes]))
+            cells.append((str(depth), str(branches), f"{mean:.4g}", f"{spread:.2g}"))
+        lines = ["".join(cell.rjust(10) for cell in row[:3]) + row[3].rjust(20) for row in cells]
+        return "\n".join([*lines, self.summary()])
+
+    def plot(self, file: Path | str) -> None:
+        """The figure of this check alone."""
+        plot_depth_checks({self.verdict: self}, file)
+
+
+def plot_depth_checks(checks: Mapping[str, DepthCheck], file: Path | str) -> None:
+    """Several checks in one figure, mean sizes on logarithmic axes.
+
+    Args:
+        checks: By the name in the legend.
+        file: Its ending is the format.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    curves = [
+        Curve(
+            f"{name} (slope {check.slope.value:.2f})",
+            [(L, _mean(sizes)) for L, sizes in zip(check.num_branches, check.sizes, strict=True)],
+        )
+        for name, check in checks.items()
+    ]
+    ticks = sorted({L for check in checks.values() for L in check.num_branches})
+    x, y = "residual branches L", "change of the outputs / step size"
+    draw([Panel(curves, x, y, log_x=True, log_y=True, ticks=ticks)], file)
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of logits [..., classes] and whole numbers [...]."""
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+
+def depth_check(
+    make_net: Callable[[int], nn.Module],
+    *,
+    batch: tuple[Inputs, Any],
+    depths: Sequence[int] = DEPTHS,
+    seeds: int = SEEDS,
+    moved: Moved = "branches",
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+    eta: float | None = None,
+    loss: Callable[[Any, Any], Tensor] = cross_entropy,
+    head: str | None = None,
+    dtype: torch.dtype = torch.float64,
+    tolerance: float = TOLERANCE,
+    progress: Callable[[str], object] = lambda line: None,
+) -> DepthCheck:
+    """Measure how much one step changes a network's function, against its depth.
+
+    Each network is built, given a random head where its own is 0 (else the head alone would
+    move), stepped once on the batch, and compared with itself on the same batch. It stays in the
+    mode in which ``make_net`` returns it: batch normalisation is to be measured in training mode;
+    masks of dropout are the same before and after the step. PyTorch's random numbers are as before
+    when the check is done.
+
+    Args:
+        make_net: Builds the network of a depth; PyTorch is seeded before each call.
+        batch: Inputs and targets. Inputs are a tensor, or a tuple or dictionary of arguments.
+        depths: Three or more.
+        seeds: Networks of each depth.
+        moved: What takes the step: "branches", the weights that the blocks declare in
+            ``residual_branches()``; "scalars", these and all scalars; "all" parameters; or a
+            function from the network to some of its parameters.
+        optimizer: Called with parameters and ``lr=``, such as ``torch.optim.Adam``.
+        eta: Step size; by default the square root of the precision of ``dtype``, at which the
+            change is as good as linear in it.
+        loss: Of outputs and targets; cross-entropy by default. Where the network returns a tuple,
+            list or dictionary, the first floating-point tensor in it is the outputs.
+        head: Path of the last layer, for a network that declares no ``classifier_layers()``; the
+            last linear layer by default.
+        dtype: Of the network and the inputs.
+        tolerance: How far from 0 a flat slope may be.
+        progress: Told a line after each depth.
+
+    Raises:
+        UserError: A network that declares no branch while ``moved`` is not given, fewer than
+            three depths, a head that is not there, or a step that changes nothing, as with a
+            multiplier at 0 behind every branch.
+    """
+    if moved not in MOVED and not callable(moved):
+        raise UserError(f"moved is {moved!r}: take {', '.join(MOVED)}, or a function of the net")
+    if seeds < 1 or min(depths, default=0) < 1 or len(set(depths)) < 3:
+        raise UserError("a depth check takes three different depths or more, each at least 1")
+    step = _Step(
+        batch=_converted(batch, dtype),
+        choose=moved if callable(moved) else MOVED[moved],
+        optimizer=optimizer,
+        eta=eta or math.sqrt(torch.finfo(dtype).eps),
+        loss=loss,
+        head=head,
+    )
+    counts, sizes = [], []
+    for depth in depths:
+        found = []
+        for seed in range(seeds):
+            with torch.random.fork_rng(range(torch.cuda.device_count())):
+                torch.manual_seed(seed)
+                net = make_net(depth).to(dtype)
+                found.append(step.size(net))
+        counts.append(len(collect_branches(net)) or depth)
+        sizes.append(tuple(found))
+        progress(f"depth {depth}: L = {counts[-1]}, change {_mean(found):.4g}")
+    if len(set(counts)) < 3:
+        raise UserError(f"the networks have {counts} branches: make_net takes no heed of the depth")
+    return DepthCheck(tuple(depths), tuple(counts), tuple(sizes), tolerance)
+
+
+def assert_depth_stable(make_net: Callable[[int], nn.Module], **options: Any) -> None:
+    """For tests: the change of one step does not depend on depth.
+
+    Args:
+        make_net: As ``depth_check`` takes it.
+        options: As ``depth_check`` takes them; ``batch`` must be given.
+
+    Raises:
+        AssertionError: The verdict is not flat; the table says what was measured.
+    """
+    check = depth_check(make_net, **options)
+    if not check.flat:
+        raise AssertionError(f"one step's change of the function is {check.verdict}\n{check}")
+
+
+def branch_weights(net: nn.Module, ending: str = "") -> list[nn.Parameter]:
+    """The weights that lie in residual branches; neither their bias vectors nor scalars.
+
+    Args:
+        net: Its blocks declare ``residual_branches()``.
+        ending: Only those branches whose declared name ends so.
+
+    Raises:
+        UserError: There is no such branch.
+    """
+    branches = collect_branches(net)
+    chosen = [branch for branch in branches if branch.name.endswith(ending)]
+    if not chosen:
+        what = f"no branch whose name ends with {ending!r}" if branches else "no residual branch"
+        raise UserError(
+            f"{type(net).__name__} declares {what}: give its blocks a residual_branches() "
+            "method, or say in moved= which parameters take the step"
+        )
+    layers: list[Any] = [layer.module for branch in chosen for layer in branch.layers]
+    return [parameter for layer in layers for parameter in parameters_of_weight(layer)]
+
+
+def _and_scalars(net: nn.Module) -> list[nn.Parameter]:
+    return [*branch_weights(net), *(scalar.weight for scalar in scalars(net))]
+
+
+MOVED: dict[str, Callable[[nn.Module], Iterable[nn.Parameter]]] = {
+    "branches": branch_weights,
+    "scalars": _and_scalars,
+    "all": nn.Module.parameters,
+}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step and what it changes."""
+
+    batch: tuple[Inputs, Any]
+    choose: Callable[[nn.Module], Iterable[nn.Parameter]]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    eta: float
+    loss: Callable[[Any, Any], Tensor]
+    head: str | None
+
+    def size(self, net: nn.Module) -> float:
+        """Root mean square change of the outputs over eta."""
+        moved = [p for p in self.choose(net) if p.requires_grad]
+        if not moved:
+            raise UserError("moved= names no parameter that can take a step")
+        draw_zero_heads_(_heads(net, self.head))
+        before = self._outputs(net)
+        gradients = torch.autograd.grad(
+            self.loss(before, self.batch[1]), moved, allow_unused=True, materialize_grads=True
+        )
+        for parameter, gradient in zip(moved, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer(moved, lr=self.eta).step()
+        with torch.no_grad():
+            change = self._outputs(net) - before
+        size = (change / self.eta).square().mean().sqrt().item()
+        if size == 0:
+            raise UserError(
+                "the step changes nothing: something at 0 stands between the outputs and what "
+                "moves. If it is the last layer, name it in head=; if it is a multiplier or gain "
+                "behind each branch, move that too (moved=)"
+            )
+        return size
+
+    def _outputs(self, net: nn.Module) -> Tensor:
+        outputs = first_tensor(outputs_of(net, self.batch[0]))
+        if outputs is None:
+            raise UserError(f"{type(net).__name__} must return a floating-point tensor")
+        return outputs
+
+
+def _heads(net: nn.Module, name: str | None) -> list[nn.Module]:
+    """The declared classifiers, the layer of that name, or the last linear layer."""
+    if name is not None:
+        return list(modules_named(net, [name]))
+    linear: list[nn.Module] = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    return collect_classifiers(net) or linear[-1:]
+
+
+def _converted(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in ``dtype``, everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: _converted(item, dtype) for key, item in value.items()}
+    return tuple(_converted(item, dtype) for item in value) if isinstance(value, tuple) else value
+
+
+def _mean(sizes: Sequence[float]) -> float:
+    return sum(sizes) / len(sizes)

@@ -1,0 +1,136 @@
+"""Parametrised weights (``torch.nn.utils.parametrize``: weight norm and others) made plain ones,
+while rules are applied to them.
+
+The rules write weights. A parametrised weight is computed, so what is to be written is handed back
+to its parametrisation, which finds parameters for it (``right_inverse``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import is_parametrized
+
+from fixup_core.convert.attach import PackedWeight
+from fixup_core.errors import UserError, one_line
+
+
+class Parametrised:
+    """A module with computed weights, which are plain parameters between ``off_`` and ``on_``.
+
+    Args:
+        path: Of the module.
+        module: Itself.
+    """
+
+    def __init__(self, path: str, module: Any) -> None:
+        self.path, self.module, self.kind = path, module, type(module)
+        self.lists, self.order = module.parametrizations, list(module._modules)
+        with torch.no_grad():  # of copies: spectral norm goes a step on whenever it is looked at
+            self.before = {name: copy.deepcopy(own)().clone() for name, own in self.lists.items()}
+
+    def plain(self, of: Container[int]) -> list[nn.Parameter]:
+        """The plain parameters of weights that are computed from parameters ``of`` these ids."""
+        made = [n for n, own in self.lists.items() if all(id(p) in of for p in own.parameters())]
+        return [self.module.get_parameter(name) for name in made]
+
+    def check(self, written: Container[int]) -> None:
+        """Raise unless each weight among those ``written``, by id, can take any value, and 0."""
+        for name, before in self.before.items():
+            if id(self.module.get_parameter(name)) in written:
+                drawn = torch.linspace(-1.0, 1.0, before.numel()).to(before).view_as(before)
+                for value in (drawn, torch.zeros_like(before)):
+                    _give_(copy.deepcopy(self.lists[name]), value, self._full(name))
+
+    def off_(self) -> None:
+        """The weights become parameters of the module."""
+        del self.module._modules["parametrizations"]
+        self.module.__class__ = self.kind.__bases__[0]  # as remove_parametrizations does
+        for name, before in self.before.items():
+            learnt = any(part.requires_grad for part in self.lists[name].parameters())
+            self.module.register_parameter(name, nn.Parameter(before.clone(), learnt))
+
+    def on_(self) -> dict[str, Tensor]:
+        """They are computed again; what they were just before."""
+        module = self.module
+        values = {name: module._parameters.pop(name).detach() for name in self.before}
+        module.__class__ = self.kind
+        modules = {"parametrizations": self.lists, **module._modules}
+        modules = {name: modules[name] for name in self.order if name in modules} | modules
+        module._modules.clear()
+        module._modules.update(modules)
+        return values
+
+    def give_(self, values: Mapping[str, Tensor]) -> None:
+        """Give the parametrisations what has been written; none for what has not."""
+        for name, value in values.items():
+            if not torch.equal(value, self.before[name]):
+                _give_(self.lists[name], value, self._full(name))
+
+    def _full(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
+
+
+def parameters_of_weight(layer: Any) -> list[nn.Parameter]:
+    """What ``layer.weight`` is made of: itself, or the parameters that it is computed from."""
+    packed = isinstance(layer, PackedWeight)
+    module, name = (layer.module, layer.name) if packed else (layer, "weight")
+    if is_parametrized(module, name):
+        return list(module.parametrizations[name].parameters())
+    return [layer.weight]
+
+
+@contextlib.contextmanager
+def plain_weights(network: nn.Module) -> Iterator[list[Parametrised]]:
+    """Within this context the parametrised weights of ``network`` are ordinary parameters. After it
+    they are computed again, from parameters that give what has been written; where it raises, from
+    those that were there.
+    """
+    found = [Parametrised(p, m) for p, m in network.named_modules() if is_parametrized(m)]
+    for one in found:
+        one.off_()
+    try:
+        yield found
+    except BaseException:
+        for one in found:
+            one.on_()
+        raise
+    written = [one.on_() for one in found]
+    for one, values in zip(found, written, strict=True):
+        one.give_(values)
+
+
+@torch.no_grad()
+def _give_(parts: Any, value: Tensor, weight: str) -> None:
+    """Set the parameters of a parametrisation so that it computes ``value``."""
+    kinds = ", ".join(type(part).__name__.lstrip("_") for part in parts)
+    try:
+        if len(parts) == 1 and isinstance(parts[0], parametrizations._WeightNorm):
+            _give_to_weight_norm_(parts, value)
+        else:
+            parts.right_inverse(value)
+        reached = torch.allclose(parts(), value, rtol=1e-2, atol=1e-6)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise UserError(f"{_refusal(weight, kinds)} ({one_line(str(error))[:100]})") from error
+    if not reached:
+        raise UserError(_refusal(weight, kinds))
+
+
+def _give_to_weight_norm_(parts: Any, value: Tensor) -> None:
+    """Length and direction; a weight of 0 has no direction, and keeps the one that was there."""
+    length = torch.norm_except_dim(value, 2, parts[0].dim)
+    parts.original0.copy_(length)
+    parts.original1.copy_(torch.where(length > 0, value, parts.original1))
+
+
+def _refusal(weight: str, kinds: str) -> str:
+    return (
+        f"{weight} is parametrised by {kinds}, which cannot take the values that the rules give: "
+        "remove that first (torch.nn.utils.parametrize.remove_parametrizations)"
+    )

@@ -1,0 +1,109 @@
+"""Standard initialisations: the distributions that rule 2 scales.
+
+A ``Standard`` says how wide a module's weights are drawn; drawing is ``rules.init``'s alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fixup_core.rules import scaling
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+NORMS = (
+    *(*BATCH_NORMS, nn.modules.instancenorm._InstanceNorm),
+    *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+)
+
+
+@dataclass(frozen=True)
+class Standard:
+    """A zero-mean distribution for the weights of a module.
+
+    Attributes:
+        name: As printed in reports.
+        std: The standard deviation for a module, before any factor.
+        shape: "normal", "uniform" or "orthogonal".
+    """
+
+    name: str
+    std: Callable[[nn.Module], float]
+    shape: str = "normal"
+
+
+def fans(module: Any) -> tuple[int, int]:
+    """Fan-in and fan-out of a linear layer or convolution.
+
+    The fan-out of a grouped convolution counts all output channels, as the authors' code does;
+    its fan-in counts the channels of one group.
+    """
+    weight = module.weight
+    receptive = weight[0, 0].numel() if weight.dim() > 2 else 1
+    outputs, inputs = weight.shape[:2]
+    if isinstance(module, TRANSPOSED):
+        outputs, inputs = inputs, outputs
+    return inputs * receptive, outputs * receptive
+
+
+def _xavier(module: Any) -> float:
+    return scaling.xavier_std(*fans(module))
+
+
+def _xavier_packed(module: Any) -> float:
+    fan_in, fan_out = fans(module)
+    return scaling.xavier_std(fan_in, 3 * fan_out)
+
+
+def _he(module: Any) -> float:
+    fan_in, fan_out = fans(module)
+    return scaling.he_std(fan_in if isinstance(module, nn.Linear) else fan_out)
+
+
+def _he_per_group(module: Any) -> float:
+    groups = 1 if isinstance(module, TRANSPOSED) else getattr(module, "groups", 1)
+    return scaling.he_std(fans(module)[1] // groups)
+
+
+def _torch_default(module: Any) -> float:
+    return scaling.torch_default_std(fans(module)[0])
+
+
+def _orthogonal(module: Any) -> float:
+    return scaling.orthogonal_std(*module.weight.flatten(1).shape)
+
+
+def _embedding(module: Any) -> float:
+    return scaling.embedding_std(module.weight.shape[1])
+
+
+HE_NORMAL = Standard("He normal", _he)
+"""Over the fan-out of a convolution, as the authors' code has it, and the fan-in of a linear layer,
+whose two fans may differ by much (He et al. 2015, equations 10 and 14)."""
+HE_PER_GROUP = Standard("He normal, per group", _he_per_group)
+"""The fan-out of one group: with that of all groups the output of a depthwise convolution would
+shrink by the square root of its channels."""
+XAVIER_UNIFORM = Standard("Xavier uniform", _xavier, "uniform")
+PACKED_XAVIER_UNIFORM = Standard("Xavier uniform, packed q/k/v", _xavier_packed, "uniform")
+"""The fan of one packed ``3d x d`` matrix of queries, keys and values, as in the authors' code:
+the bound is ``sqrt(6 / (3d + d))`` where separate matrices have ``sqrt(6 / 2d)``."""
+XAVIER_NORMAL = Standard("Xavier normal", _xavier)
+TORCH_DEFAULT = Standard("PyTorch default", _torch_default, "uniform")
+ORTHOGONAL = Standard("orthonormal", _orthogonal, "orthogonal")
+EMBEDDING_NORMAL = Standard("normal, d^-1/2", _embedding)
+
+
+def standard_of(module: nn.Module) -> Standard | None:
+    """The default for a module's type, or ``None`` where no rule covers the type."""
+    if isinstance(module, CONVOLUTIONS):
+        return HE_NORMAL
+    if isinstance(module, nn.Linear):
+        return XAVIER_UNIFORM
+    if isinstance(module, nn.Embedding):
+        return EMBEDDING_NORMAL
+    return None
