@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from side_by_side import compare, show, write
 
 import fixup_mt  # noqa: F401 (registers the models)
-from fixup_mt import ctranslate2_model
+from fixup_mt.serving import ctranslate2_model
 
 FIXUP = {"_name": "transformer_fixup"}
 SERVED_BATCH = 16

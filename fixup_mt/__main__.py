@@ -13,21 +13,22 @@ from pathlib import Path
 from fixup_mt.errors import UserError
 
 COMMANDS = {
-    "average": "average the weights of several checkpoints into one",
-    "corpus": "write the built-in German-English corpus",
-    "demo": "train Fixup and LayerNorm side by side on the built-in corpus",
-    "export": "write a trained model for other engines: CTranslate2, ONNX, plain weights",
-    "score": "BLEU of what fairseq-generate wrote, with signature and settings",
-    "translate": "translate text with an exported model",
+    "scoring.average": "average the weights of several checkpoints into one",
+    "demo.corpus": "write the built-in German-English corpus",
+    "demo.demo": "train Fixup and LayerNorm side by side on the built-in corpus",
+    "serving.export": "write a trained model for other engines: CTranslate2, ONNX, plain weights",
+    "scoring.score": "BLEU of what fairseq-generate wrote, with signature and settings",
+    "serving.translate": "translate text with an exported model",
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fixup_mt", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, summary in COMMANDS.items():
+    for place, summary in COMMANDS.items():
+        name = place.rpartition(".")[2]
         subparser = subparsers.add_parser(name, help=summary, description=summary)
-        module = importlib.import_module(f"fixup_mt.{name}")
+        module = importlib.import_module(f"fixup_mt.{place}")
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)
     return parser

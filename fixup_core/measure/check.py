@@ -31,7 +31,7 @@ from fixup_core.measure.depth import (
 NETS = {
     "cifar": "vision.checks:cifar",
     "bottleneck": "vision.checks:bottleneck",
-    "transformer": "fixup_mt.checks:transformer",
+    "transformer": "fixup_mt.model.depth_nets:transformer",
 }
 """The project's own; the core knows their names alone."""
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 
-from fixup_mt.average import average_checkpoints
-from fixup_mt.model import FixupTransformerModel
+from fixup_mt.model.model import FixupTransformerModel
+from fixup_mt.scoring.average import average_checkpoints
 from tests.conftest import ENVIRONMENT, ROOT, WORDS, fairseq, train_flags
 
 GENERATE = ("--user-dir", "fixup_mt", "--cpu", "--beam", "2", "--max-len-b", "12")

@@ -17,7 +17,7 @@ from sacrebleu.metrics import BLEU
 
 from fixup_mt.__main__ import main
 from fixup_mt.errors import UserError
-from fixup_mt.jobs import Job, run_jobs
+from fixup_mt.host.jobs import Job, run_jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("corpus", "pieces", "data")
@@ -143,7 +143,7 @@ def test_a_job_ends_with_the_program_that_started_it(speaking: Path) -> None:
     write_speaker(speaking)
     jobs = f"[Job('s', 'speak', ['sleep'], Path({str(speaking / 'l')!r}), print)]"
     code = (
-        "from pathlib import Path; from fixup_mt import jobs; from fixup_mt.jobs import *\n"
+        "from pathlib import Path\nfrom fixup_mt.host import jobs\nfrom fixup_mt.host.jobs import *\n"
         "start = jobs.subprocess.Popen\n"
         "def popen(*a, **k):\n"
         "    process = start(*a, **k); print(process.pid, flush=True); return process\n"

@@ -1,0 +1,1 @@
+"""What is done to fairseq, or around it."""

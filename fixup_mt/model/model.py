@@ -1,0 +1,109 @@
+"""The models ``transformer_fixup`` and ``transformer_fixup_lm``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models import register_model
+from fairseq.models.transformer import TransformerModelBase
+from fairseq.models.transformer_lm import TransformerLanguageModel
+from fairseq.modules import CharacterTokenEmbedder
+from omegaconf import DictConfig
+from torch import nn
+
+from fixup_core import anchor_scalars_, anchored_rate, fixup_init_
+from fixup_mt.errors import UserError
+from fixup_mt.model.config import (
+    FixupLanguageModelConfig,
+    FixupTransformerConfig,
+    nested,
+    optimizer_name,
+    plain,
+)
+from fixup_mt.model.stacks import FixupDecoder, FixupEncoder
+
+logger = logging.getLogger(__name__)
+
+
+@register_model("transformer_fixup", dataclass=FixupTransformerConfig)
+class FixupTransformerModel(TransformerModelBase):
+    """The Transformer of Zhang et al. 2019 (section 5.3): no normalisation, Fixup throughout."""
+
+    @classmethod
+    def add_args(cls, parser: argparse.ArgumentParser) -> None:
+        gen_parser_from_dataclass(parser, FixupTransformerConfig(), delete_default=True)
+
+    @classmethod
+    def build_model(cls, cfg: DictConfig, task: Any) -> FixupTransformerModel:
+        config = nested(cfg)
+        try:
+            model = super().build_model(config, task)
+        except ValueError as error:
+            if not str(error).startswith("--share-all-embeddings"):
+                raise
+            raise UserError(str(error)) from error
+        pretrained = [
+            stack.embed_tokens
+            for stack, path in (
+                (model.encoder, config.encoder.embed_path),
+                (model.decoder, config.decoder.embed_path),
+            )
+            if path
+        ]
+        _initialise_(model, cfg, keep=(p for module in pretrained for p in module.parameters()))
+        return model
+
+    @classmethod
+    def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> FixupEncoder:
+        return FixupEncoder(cfg, src_dict, embed_tokens)
+
+    @classmethod
+    def build_decoder(cls, cfg: Any, tgt_dict: Any, embed_tokens: nn.Module) -> FixupDecoder:
+        return FixupDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
+
+
+@register_model("transformer_fixup_lm", dataclass=FixupLanguageModelConfig)
+class FixupLanguageModel(TransformerLanguageModel):
+    """A language model of decoder layers without cross-attention: L is twice the layers."""
+
+    @classmethod
+    def add_args(cls, parser: argparse.ArgumentParser) -> None:
+        gen_parser_from_dataclass(parser, FixupLanguageModelConfig(), delete_default=True)
+
+    @classmethod
+    def build_model(cls, cfg: DictConfig, task: Any) -> FixupLanguageModel:
+        config = nested(cfg)
+        # fairseq builds the embeddings and checks the options; its empty decoder is thrown away.
+        empty = plain(cfg) | {
+            "decoder_layers": 0,
+            "decoder_layers_to_keep": None,
+            "decoder_input_dim": config.decoder.input_dim,
+            "decoder_output_dim": config.decoder.output_dim,
+        }
+        host = super().build_model(argparse.Namespace(**empty), task)
+        config.max_target_positions = host.decoder.max_target_positions
+        model = cls(
+            FixupDecoder(
+                config, task.target_dictionary, host.decoder.embed_tokens, no_encoder_attn=True
+            )
+        )
+        # A character embedder is a network of its own, outside the residual branches.
+        embedder = model.decoder.embed_tokens
+        own = isinstance(embedder, CharacterTokenEmbedder)
+        _initialise_(model, cfg, keep=embedder.parameters() if own else ())
+        return model
+
+
+def _initialise_(model: Any, cfg: DictConfig, *, keep: Iterable[nn.Parameter]) -> None:
+    """Anchor the scalars at the rate the optimiser needs, then write all weights."""
+    try:
+        rate = anchored_rate(cfg.fixup_scalar_lr_ratio, optimizer_name(cfg))
+    except ValueError as error:
+        raise UserError(f"--fixup-scalar-lr-ratio: {error}") from error
+    anchor_scalars_(model, rate)
+    model.fixup_report = fixup_init_(model, keep=keep)
+    logger.info("Fixup: %s", model.fixup_report.summary())

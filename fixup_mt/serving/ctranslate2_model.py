@@ -1,0 +1,130 @@
+"""A Transformer for CTranslate2.
+
+That engine drops a layer's residual silently where it has no norm, so every norm is an RMS norm
+with an epsilon of 2^30 and a gain of its root: the identity, to the last digits of float32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fixup_mt.errors import UserError
+from fixup_mt.serving.fold import PROJECTIONS, fold_transformer, positions
+
+EPSILON = 2.0**30
+ACTIVATIONS = {
+    "relu": "RELU",
+    "gelu": "GELU",
+    "gelu_fast": "GELUTanh",
+    "gelu_accurate": "GELUTanh",
+    "swish": "SWISH",
+    "tanh": "Tanh",
+}
+"""fairseq's activation functions that CTranslate2 has, by its names."""
+
+
+def write(folder: Path, model: Any, task: Any, quantization: str | None = None) -> None:
+    """Write the engine's files into ``folder``.
+
+    Args:
+        folder: Exists.
+        model: A ``transformer_fixup``.
+        task: It has the dictionaries.
+        quantization: Of the weights, as CTranslate2 names it; none: float32.
+
+    Raises:
+        UserError: The engine is not installed, or has no part of that kind.
+    """
+    specification = _specification(model, task)
+    if quantization:
+        specification.optimize(quantization=quantization)
+    specification.save(str(folder))
+
+
+def log_probabilities(folder: Path, source: list[list[str]], target: list[list[str]]) -> Any:
+    """Of each piece of ``target`` and of the sentence's end, in float32."""
+    import ctranslate2
+
+    translator = ctranslate2.Translator(str(folder), compute_type="float32")
+    return [result.log_probs for result in translator.score_batch(source, target)]
+
+
+def _specification(model: Any, task: Any) -> Any:
+    """CTranslate2's description of the model, with its weights."""
+    try:
+        from ctranslate2.specs import TransformerSpec
+        from ctranslate2.specs.common_spec import Activation
+    except ModuleNotFoundError as error:
+        raise UserError("this wants CTranslate2: pip install ctranslate2") from error
+
+    weights = fold_transformer(model)
+    encoder, decoder = model.encoder, model.decoder
+    heads = {layer.self_attn.num_heads for layer in (*encoder.layers, *decoder.layers)}
+    if len(heads) > 1:
+        raise UserError(
+            "CTranslate2 wants as many attention heads in the encoder as in the decoder"
+        )
+    activation = str(model.cfg.activation_fn)
+    if activation not in ACTIVATIONS:
+        raise UserError(f"CTranslate2 has no activation function {activation}")
+    spec: Any = TransformerSpec.from_config(
+        (len(encoder.layers), len(decoder.layers)),
+        heads.pop(),
+        pre_norm=True,
+        rms_norm=True,
+        activation=getattr(Activation, ACTIVATIONS[activation]),
+    )
+    for name, stack in (("encoder", encoder), ("decoder", decoder)):
+        _set_stack(getattr(spec, name), stack, weights, name)
+    _set_linear(spec.decoder.projection, weights, "decoder.output_projection")
+    spec.register_source_vocabulary(_words(task.source_dictionary))
+    spec.register_target_vocabulary(_words(task.target_dictionary))
+    spec.config.decoder_start_token = spec.config.eos_token
+    spec.config.add_source_eos = True
+    spec.config.layer_norm_epsilon = EPSILON
+    spec.validate()
+    return spec
+
+
+def _set_stack(spec: Any, stack: Any, weights: dict[str, Tensor], name: str) -> None:
+    width = stack.embed_tokens.embedding_dim
+    table = spec.embeddings[0] if isinstance(spec.embeddings, list) else spec.embeddings
+    table.weight = weights[f"{name}.embed_tokens.weight"].numpy()
+    spec.scale_embeddings = stack.embed_scale
+    spec.position_encodings.encodings = positions(stack).numpy()
+    norms = [spec.layer_norm]
+    for number, layer in enumerate(spec.layer):
+        path = f"{name}.layers.{number}"
+        own = layer.self_attention
+        _set_fused(own.linear[0], weights, f"{path}.self_attn", PROJECTIONS)
+        _set_linear(own.linear[1], weights, f"{path}.self_attn.out_proj")
+        _set_linear(layer.ffn.linear_0, weights, f"{path}.fc1")
+        _set_linear(layer.ffn.linear_1, weights, f"{path}.fc2")
+        norms += [own.layer_norm, layer.ffn.layer_norm]
+        if name == "decoder":
+            cross, path = layer.attention, f"{path}.encoder_attn"
+            _set_linear(cross.linear[0], weights, f"{path}.q_proj")
+            _set_fused(cross.linear[1], weights, path, PROJECTIONS[1:])
+            _set_linear(cross.linear[2], weights, f"{path}.out_proj")
+            norms.append(cross.layer_norm)
+    for norm in norms:
+        norm.gamma = torch.full((width,), EPSILON**0.5).numpy()
+
+
+def _set_linear(spec: Any, weights: dict[str, Tensor], path: str) -> None:
+    spec.weight, spec.bias = (weights[f"{path}.{part}"].numpy() for part in ("weight", "bias"))
+
+
+def _set_fused(spec: Any, weights: dict[str, Tensor], path: str, names: tuple[str, ...]) -> None:
+    spec.weight, spec.bias = (
+        torch.cat([weights[f"{path}.{name}.{part}"] for name in names]).numpy()
+        for part in ("weight", "bias")
+    )
+
+
+def _words(dictionary: Any) -> list[str]:
+    return ["<blank>" if word == dictionary.pad_word else word for word in dictionary.symbols]

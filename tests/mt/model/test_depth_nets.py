@@ -1,0 +1,73 @@
+"""Transformers under the depth check: what is flat, what is not, and by how much.
+
+An attention branch is ``out(softmax(q k) v)``: with ``out`` at 0 one step of SGD changes its output
+by the square of v's factor. Counted as m = 4 that is L^(-1/3) a branch, and L^(2/3) in the sum.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import pytest
+import torch
+
+from fixup_core import DepthCheck, branch_weights, depth_check
+from fixup_core.errors import UserError
+from fixup_mt.model.depth_nets import transformer
+from fixup_mt.model.layers import FixupAttention
+
+FEWER = {"depths": (1, 3, 9), "seeds": 8}
+
+
+@cache
+def _check(rule: str, ending: str = "") -> DepthCheck:
+    options = transformer(rule) | FEWER
+    return depth_check(**options, moved=partial(branch_weights, ending=ending))
+
+
+def test_feed_forward_branches_are_flat() -> None:
+    assert _check("fixup", "ffn").verdict == "flat"
+    assert _check("no_factor", "ffn").slope.value == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("ending", ["self_attn", "encoder_attn"])
+def test_attention_counted_as_four_layers_grows(ending: str) -> None:
+    check = _check("fixup", ending)
+    assert check.verdict == "growing"
+    assert check.slope.low - 0.05 < 2 / 3 < check.slope.high + 0.1
+
+
+def test_attention_counted_as_two_layers_is_flat() -> None:
+    assert _check("attention_as_two").verdict == "flat"
+    assert _check("attention_as_two", "encoder_attn").verdict == "flat"
+
+
+def test_cross_attention_scaled_for_twelve_branches_grows_faster() -> None:
+    """A factor that does not know the depth is no factor: the slope is 1."""
+    theirs, ours = _check("authors", "encoder_attn"), _check("fixup", "encoder_attn")
+    assert theirs.slope.value == pytest.approx(1, abs=0.1)
+    assert theirs.slope.low > ours.slope.high
+
+
+def test_the_slip_is_in_cross_attention_alone() -> None:
+    def sizes(rule: str, ending: str):
+        moved = partial(branch_weights, ending=ending)
+        return depth_check(**transformer(rule) | {"depths": (1, 2, 3), "seeds": 1}, moved=moved)
+
+    assert sizes("authors", "self_attn") == sizes("fixup", "self_attn")
+    assert sizes("authors", "encoder_attn") != sizes("fixup", "encoder_attn")
+
+
+def test_an_unknown_rule() -> None:
+    with pytest.raises(UserError, match="choose one of fixup, authors"):
+        transformer("fixpu")
+
+
+def test_attention_in_double_precision_is_computed_in_it() -> None:
+    torch.manual_seed(0)
+    attention = FixupAttention(8, 2, self_attention=True).double()
+    x = torch.randn(5, 3, 8, dtype=torch.float64)
+    fused, _ = attention(x, x, x, need_weights=False)
+    by_weights, _ = attention(x, x, x, need_weights=True)
+    torch.testing.assert_close(fused, by_weights, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(fused, fused.float().double())

@@ -1,0 +1,195 @@
+"""Beam search that copies no sentence, and products that are kept while nothing changes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from fairseq.models.transformer import TransformerEncoderBase
+from fairseq.sequence_generator import SequenceGenerator
+from omegaconf import OmegaConf
+from torch import nn
+
+from fixup_mt.model.beams import apart, appended, sentence_order, together
+from tests.mt.helpers import WORDS, batch, build, dictionary, trained
+
+
+def _search(model: Any, **options: Any) -> list[list[dict[str, torch.Tensor]]]:
+    inputs = {name: value for name, value in batch(5).items() if name != "prev_output_tokens"}
+    search: Any = SequenceGenerator([model], dictionary(), max_len_b=25, **options)
+    return search.generate([model], {"net_input": inputs})
+
+
+def _copying(model: Any) -> Any:
+    """The same model with fairseq's own reordering, a copy of the sentence for every hypothesis."""
+    model = copy.deepcopy(model)
+    encoder = model.encoder
+    encoder.reorder_encoder_out = lambda out, order: TransformerEncoderBase.reorder_encoder_out(
+        encoder, out, order
+    )
+    return model
+
+
+def _ready(model: Any, print_alignment: str | bool = False) -> Any:
+    """As ``fairseq-generate`` prepares it."""
+    model = copy.deepcopy(model)
+    options = {"generation": {"print_alignment": print_alignment}}
+    model.prepare_for_inference_(OmegaConf.create(options))
+    return model
+
+
+@pytest.mark.parametrize("beam", [1, 3, 6])
+@pytest.mark.parametrize("options", [{}, {"len_penalty": 2.0, "unk_penalty": 1.0}])
+def test_sharing_a_sentence_finds_what_copying_it_finds(beam: int, options: dict) -> None:
+    torch.manual_seed(0)
+    model = trained(build()).double()
+    for one in (model, _ready(model), _ready(model, "hard")):
+        shared, copied = (_search(m, beam_size=beam, **options) for m in (one, _copying(one)))
+        assert len({len(hypos[0]["tokens"]) for hypos in shared}) > 1, "sentences end at once"
+        for ours, theirs in zip(shared, copied, strict=True):
+            for mine, other in zip(ours, theirs, strict=True):
+                assert torch.equal(mine["tokens"], other["tokens"])
+                torch.testing.assert_close(mine["positional_scores"], other["positional_scores"])
+                torch.testing.assert_close(mine["attention"], other["attention"])
+
+
+def test_cross_self_attention_copies_sentences_as_fairseq_does() -> None:
+    torch.manual_seed(0)
+    model = trained(build(cross_self_attention=True, no_cross_attention=True))
+    for ours, theirs in zip(
+        _search(model, beam_size=3), _search(_copying(model), beam_size=3), strict=True
+    ):
+        assert torch.equal(ours[0]["tokens"], theirs[0]["tokens"])
+
+
+def test_the_search_does_share_sentences() -> None:
+    model, seen = trained(build()), []
+    attention = model.decoder.layers[0].encoder_attn
+    attention.k_proj.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0].shape[1]))
+    _search(model, beam_size=4)
+    _search(_copying(model), beam_size=4)
+    assert seen == [5, 20]
+
+
+def test_ensembles_share_and_copy_side_by_side() -> None:
+    one, two = trained(build(), 1), trained(build(), 2)
+    inputs = {name: value for name, value in batch(5).items() if name != "prev_output_tokens"}
+    found = []
+    for models in ([one, two], [_copying(one), two]):
+        search: Any = SequenceGenerator(models, dictionary(), beam_size=3, max_len_b=9)
+        found.append(search.generate(models, {"net_input": inputs}))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours[0]["tokens"], theirs[0]["tokens"])
+
+
+ORDERS = [
+    pytest.param([0, 0, 1, 1, 2, 2], [1, 0, 3, 3, 4, 5], id="among themselves"),
+    pytest.param([0, 0, 1, 1, 2, 2], [1, 1, 5, 4], id="a sentence has ended"),
+    pytest.param([0, 0, 1, 1, 2, 2], [4, 0, 1, 2, 3, 5], id="rows of a sentence part"),
+    pytest.param([0, 0, 1, 1, 2, 2], [0, 2, 4], id="one of each"),
+    pytest.param([2, 0], [1, 0], id="one a sentence"),
+    pytest.param([0, 1, 2, 0, 1, 2], [3, 4, 5, 0, 1, 2], id="not side by side"),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), ORDERS)
+@torch.no_grad()
+def test_any_order_is_exact(first: list[int], second: list[int]) -> None:
+    model = trained(build()).double()
+    inputs, orders = batch(3), [torch.tensor(first), torch.tensor(second)]
+    logits = [_decoded(m, inputs, orders) for m in (model, _copying(model))]
+    torch.testing.assert_close(*logits)
+
+
+def _decoded(model: Any, inputs: dict[str, torch.Tensor], orders: list[torch.Tensor]) -> Any:
+    """Logits of a third piece, the hypotheses reordered after the first and after the second."""
+    out = model.encoder(inputs["src_tokens"], inputs["src_lengths"])
+    state: dict[str, Any] = {}
+    generator, tokens = torch.Generator().manual_seed(0), inputs["prev_output_tokens"][:, :1]
+    for number, order in enumerate(orders):
+        out = model.encoder.reorder_encoder_out(out, order)
+        if number:
+            model.decoder.reorder_incremental_state_scripting(state, order)
+        tokens = tokens[order]
+        model.decoder(tokens, encoder_out=out, incremental_state=state)
+        latest = torch.randint(4, WORDS + 4, (len(order), 1), generator=generator)
+        tokens = torch.cat([tokens, latest], dim=1)
+    return model.decoder(tokens, encoder_out=out, incremental_state=state)[0]
+
+
+def test_an_order_of_hypotheses_is_one_of_sentences() -> None:
+    order, group = sentence_order(torch.tensor([0, 0, 0, 1, 1, 1]), 1, 2)
+    assert (order.tolist(), group) == ([0, 1], 3)
+    order, group = sentence_order(torch.tensor([4, 3, 5]), 3, 2)
+    assert (order.tolist(), group) == ([1], 3)
+    order, group = sentence_order(torch.tensor([4, 0, 5]), 3, 2)
+    assert (order.tolist(), group) == ([1, 0, 1], 1)
+
+
+def test_together_and_apart_are_inverse() -> None:
+    q = torch.randn(6, 4, 2, 8)
+    assert together(q, 2).shape == (2, 4, 6, 8)
+    assert torch.equal(apart(together(q, 2), 6), q)
+    # Row 1 of the second sentence, its last position.
+    assert torch.equal(together(q, 2)[1, :, 3], q[4, :, 1])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_appending_is_selecting_and_joining(grad: bool) -> None:
+    before, now = torch.randn(4, 2, 3, 8), torch.randn(5, 2, 1, 8)
+    order = torch.tensor([3, 3, 0, 1, 2])
+    with torch.set_grad_enabled(grad):
+        joined = appended(before, order, now)
+    assert torch.equal(joined, torch.cat([before[order], now], dim=2))
+
+
+def test_kept_products_change_neither_output_nor_state_dict() -> None:
+    model, inputs = trained(build()).double(), batch()
+    ready = _ready(model)
+    assert ready.state_dict().keys() == model.state_dict().keys()
+    kept = [name for name, _ in ready.named_buffers() if "kept_" in name]
+    # The packed weight of self-attention; a last weight for each branch, a bias for each ffn.
+    encoder, decoder = len(ready.encoder.layers), len(ready.decoder.layers)
+    assert len(kept) == (1 + 2 + 1) * encoder + (1 + 3 + 1) * decoder
+    for layer in model.decoder.layers:
+        layer.need_attn = False
+    # Attention weights that are asked for, those of the last layer, have a softmax in float32.
+    for other in (ready, torch.jit.script(ready)):
+        torch.testing.assert_close(other(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_loading_weights_empties_what_was_kept() -> None:
+    ready, other = _ready(trained(build(), 1)), trained(build(), 2)
+    ready.load_state_dict(other.state_dict())
+    torch.testing.assert_close(ready(**batch())[0], other(**batch())[0])
+
+
+@pytest.mark.parametrize("rows", [2, 300])
+def test_one_product_for_queries_keys_and_values(rows: int) -> None:
+    attention = trained(build()).double().encoder.layers[0].self_attn
+    x = torch.randn(4, rows, 64, dtype=torch.double, requires_grad=True)
+    assert attention._packs(x, x, x) is (rows == 300)
+    assert not attention._packs(x, x.clone(), x)
+    packed, _ = attention(x, x, x, need_weights=False)
+    copied = x.clone()
+    plain, _ = attention(x, copied, copied, need_weights=False)
+    torch.testing.assert_close(packed, plain)
+    for one, two in zip(*(_gradients(attention, x, out) for out in (packed, plain)), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def _gradients(attention: nn.Module, x: torch.Tensor, out: torch.Tensor) -> Any:
+    return torch.autograd.grad(out.square().sum(), [x, *attention.parameters()])
+
+
+def test_a_projection_that_was_replaced_or_is_watched_is_called() -> None:
+    attention, x = trained(build()).encoder.layers[0].self_attn, torch.randn(40, 40, 64)
+    assert attention._packs(x, x, x)
+    handle = attention.v_proj.register_forward_hook(lambda *_: None)
+    assert not attention._packs(x, x, x)
+    handle.remove()
+    attention.q_proj = nn.Sequential(attention.q_proj)
+    assert not attention._packs(x, x, x)
+    attention(x, x, x, need_weights=False)

@@ -1,0 +1,227 @@
+"""Folding and export of Transformers, and serving what was exported."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fixup_mt.__main__ import main
+from fixup_mt.errors import UserError
+from fixup_mt.serving import ctranslate2_model, export, onnx_model, translate
+from fixup_mt.serving.fold import fold_transformer, positions
+from fixup_mt.serving.plain import PlainDecoderStep, PlainEncoder
+from tests.mt.helpers import batch, build, build_lm, dictionary, task, trained
+
+pytest.importorskip("ctranslate2")
+
+MODELS = {
+    "tiny": {},
+    "other depths": {"encoder_layers": 1, "decoder_layers": 3},
+    "learned positions": {"encoder_learned_pos": True, "decoder_learned_pos": True},
+    "no positions": {"no_token_positional_embeddings": True},
+    "no embedding scale": {"no_scale_embedding": True},
+    "gelu": {"activation_fn": "gelu"},
+    "tied, scale": {"share_decoder_input_output_embed": True, "fixup_tied_output": "scale"},
+    "tied, gain": {"share_all_embeddings": True, "fixup_tied_output": "gain"},
+}
+SIDES = task(dictionary(30, "s"), dictionary(35, "t"))
+
+
+def _arguments(output: Path, **more) -> SimpleNamespace:
+    defaults = {"quantization": None, "sentencepiece": None, "format": "ctranslate2"}
+    return SimpleNamespace(output=output, **(defaults | more))
+
+
+def _model(name: str):
+    joined = MODELS[name].get("share_all_embeddings")
+    sides = task() if joined else SIDES
+    torch.manual_seed(0)  # of the weights that ``trained`` adds to
+    return trained(build(on=sides, **MODELS[name])), sides
+
+
+ENGINES = {"ctranslate2": ctranslate2_model, "onnx": onnx_model}
+
+
+WRITTEN = [("ctranslate2", name) for name in MODELS]
+WRITTEN += [("onnx", name) for name in ("other depths", "learned positions", "tied, gain")]
+
+
+@pytest.mark.parametrize(("engine", "name"), WRITTEN)
+def test_an_engine_gives_the_models_log_probabilities(
+    name: str, engine: str, tmp_path: Path
+) -> None:
+    if engine == "onnx":
+        pytest.importorskip("onnxruntime")
+    model, sides = _model(name)
+    export.export(model, sides, _arguments(tmp_path / "out", format=engine))
+    theirs = ENGINES[engine].log_probabilities
+    assert export.difference(theirs, tmp_path / "out", model, sides) < 2e-4
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_plain_decoder_goes_step_by_step_over_padded_sentences() -> None:
+    model = trained(build())
+    inputs = batch()
+    weights = fold_transformer(model)
+    encoder = PlainEncoder(model, weights, positions(model.encoder), pad=1)
+    step = PlainDecoderStep(model, weights, positions(model.decoder))
+    with torch.no_grad():
+        expected, _ = model(**inputs)
+        memory, words = encoder(inputs["src_tokens"])
+        past = memory[:, :, :, :, :0]
+        for place, tokens in enumerate(inputs["prev_output_tokens"].unbind(1)):
+            logits, past = step(tokens, past, memory, words)
+            real = tokens != 1
+            torch.testing.assert_close(logits[real], expected[real, place], rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_that_is_no_identity_would_be_noticed(tmp_path: Path, monkeypatch) -> None:
+    model, sides = _model("tiny")
+    monkeypatch.setattr(ctranslate2_model, "EPSILON", 1e-6)
+    with pytest.raises(
+        UserError, match="log-probabilities of ctranslate2 differ from the model's by up to"
+    ):
+        export.export(model, sides, _arguments(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int16"])
+def test_quantised_weights_are_near(quantization: str, tmp_path: Path) -> None:
+    model, sides = _model("tiny")
+    with torch.no_grad():
+        model.decoder.output_projection.weight.mul_(0.25)  # noise makes logits of +-20
+    for name, kind in (("whole", None), ("small", quantization)):
+        export.export(model, sides, _arguments(tmp_path / name, quantization=kind))
+    sizes = [(tmp_path / name / "model.bin").stat().st_size for name in ("whole", "small")]
+    assert sizes[1] < 0.6 * sizes[0]
+    theirs = ctranslate2_model.log_probabilities
+    assert export.difference(theirs, tmp_path / "small", model, sides) < 0.5
+
+
+def test_folded_weights_are_those_of_a_plain_transformer() -> None:
+    """Fairseq's own pre-norm model, its norms taken out, gives the same logits."""
+    model, sides = _model("tiny")
+    sizes = {
+        name: getattr(getattr(model.cfg, side), size)
+        for side in ("encoder", "decoder")
+        for size in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")
+        for name in (f"{side}_{size}",)
+    }
+    plain = build(
+        "transformer",
+        on=sides,
+        encoder_normalize_before=True,
+        decoder_normalize_before=True,
+        **sizes,
+    ).eval()
+    for module in plain.modules():
+        for name in ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"):
+            if hasattr(module, name):
+                setattr(module, name, torch.nn.Identity())
+        if hasattr(module, "layer_norm"):
+            module.layer_norm = None
+    output = plain.decoder.output_projection
+    output.bias = torch.nn.Parameter(torch.zeros(output.out_features))
+    missing, unexpected = plain.load_state_dict(fold_transformer(model), strict=False)
+    assert not unexpected and all("version" in n or "_float_tensor" in n for n in missing)
+    source, target = torch.randint(4, 30, (2, 6)), torch.randint(4, 30, (2, 5))
+    inputs = (source, torch.full((2,), 6), target)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(*inputs)[0], model(*inputs)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"adaptive_softmax_cutoff": [10, 20]}, "--adaptive-softmax-cutoff cannot be exported"),
+        ({"decoder_output_dim": 8}, "--decoder-output-dim cannot be exported exactly"),
+        ({"quant_noise_pq": 0.1}, "--quant-noise-pq cannot be exported exactly"),
+        ({"no_cross_attention": True}, "--no-cross-attention cannot be exported exactly"),
+        ({"cross_self_attention": True}, "--cross-self-attention cannot be exported exactly"),
+        ({"activation_fn": "linear"}, "CTranslate2 has no activation function linear"),
+        ({"decoder_attention_heads": 1}, "as many attention heads in the encoder"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(options: dict, says: str, tmp_path: Path) -> None:
+    model = build(on=SIDES, **options).eval()
+    with pytest.raises(UserError, match=says):
+        export.export(model, SIDES, _arguments(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_in_training_is_refused() -> None:
+    with pytest.raises(UserError, match=r"call eval\(\) first"):
+        fold_transformer(build())
+
+
+def test_a_language_model_is_refused() -> None:
+    with pytest.raises(UserError, match="only transformer_fixup models are folded and exported"):
+        fold_transformer(build_lm())
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "model"
+    model, sides = _model("tiny")
+    export.export(model, sides, _arguments(folder))
+    return folder
+
+
+def test_lines_come_out_as_they_went_in(served: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    lines = ["s1 s2 s3", "", "s4", "s5 unheard-of s6 s7"]
+    (tmp_path / "in").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(translate, "LINES", 3)
+    line = ["translate", "--model", str(served), "--max-length", "12"]
+    assert main([*line, "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]) == 0
+    found = (tmp_path / "out").read_text().splitlines()
+    assert len(found) == 4 and found[1] == "" and all(found[i] for i in (0, 2, 3))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(reversed(lines))))
+    assert main(line) == 0
+    assert capsys.readouterr().out.splitlines() == found[::-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "nowhere"], "nowhere holds no exported model"),
+        (["--input", "nothing.txt"], "nothing.txt cannot be opened"),
+        (["--compute-type", "int3"], "CTranslate2 cannot load"),
+        (["--beam", "0"], "--beam must be at least 1"),
+        (["--input", "same", "--output", "same"], "--output same would overwrite the input"),
+    ],
+)
+def test_serving_tells_what_is_wrong(flags: list[str], says: str, served: Path, capsys) -> None:
+    assert main(["translate", "--model", str(served), *flags]) == 1
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_a_trained_checkpoint_is_exported_by_the_command(
+    trained_run: tuple[Path, Path], tmp_path: Path, capsys
+) -> None:
+    checkpoint, data_bin = trained_run
+    line = ["export", "--checkpoint", str(checkpoint), "--data-bin", str(data_bin)]
+    assert main([*line, "--output", str(tmp_path / "ct2")]) == 0
+    assert "log-probabilities differ from the model's by" in capsys.readouterr().out
+    assert main([*line, "--output", str(tmp_path / "plain.pt"), "--format", "fairseq"]) == 0
+    state = torch.load(tmp_path / "plain.pt", weights_only=True)["model"]
+    assert "decoder.layers.0.encoder_attn.k_proj.bias" in state
+    for flags, says in (
+        (["--output", str(tmp_path / "ct2")], "exists: remove it"),
+        (["--output", "x", "--checkpoint", "no.pt"], "no.pt does not exist"),
+        (["--output", "x", "--data-bin", "no"], "no does not exist"),
+        (["--output", "x", "--format", "fairseq", "--quantization", "int8"], "belongs to --format"),
+    ):
+        assert main([*line, *flags]) == 1
+        assert says in capsys.readouterr().err
+
+
+@pytest.fixture
+def trained_run(request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    folder: Path = request.getfixturevalue("trained")
+    return folder / "checkpoint_last.pt", request.getfixturevalue("data_bin")
