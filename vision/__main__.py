@@ -20,7 +20,7 @@ from vision.cli import RUNS, VisionCLI
 from vision.compare import compare, demo
 from vision.errors import KNOWN, Parser
 from vision.export import export
-from vision.sweep import COMMANDS
+from vision.sweep.points import COMMANDS
 
 
 def _compare(argv: list[str]) -> None:

@@ -19,11 +19,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from fixup_core.errors import UserError
-from vision.callbacks import AugmentedImages, PredictionTable, SameOptions
-from vision.checkpoints import checkpoint_callbacks, save_whole_files
 from vision.data import VisionData
 from vision.errors import Parser
-from vision.lit_classifier import LitClassifier
+from vision.training.callbacks import AugmentedImages, PredictionTable, SameOptions
+from vision.training.checkpoints import checkpoint_callbacks, save_whole_files
+from vision.training.lit_classifier import LitClassifier
 
 RUNS = Path("runs/vision")
 HELP = (

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fixup_core.errors import UserError
 from fixup_core.fuse.fold import fold
 from fixup_core.fuse.onnx_file import write_onnx
-from vision.lit_classifier import load_classifier
 from vision.nets import image_of, net_options
+from vision.training.lit_classifier import load_classifier
 
 TOLERANCE = 1e-4
 """Of the largest logit: what the engine's other order of additions may change."""

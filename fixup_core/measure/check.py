@@ -29,8 +29,8 @@ from fixup_core.measure.depth import (
 )
 
 NETS = {
-    "cifar": "vision.checks:cifar",
-    "bottleneck": "vision.checks:bottleneck",
+    "cifar": "vision.nets.depth_nets:cifar",
+    "bottleneck": "vision.nets.depth_nets:bottleneck",
     "transformer": "fixup_mt.model.depth_nets:transformer",
 }
 """The project's own; the core knows their names alone."""

@@ -143,7 +143,8 @@ def test_a_job_ends_with_the_program_that_started_it(speaking: Path) -> None:
     write_speaker(speaking)
     jobs = f"[Job('s', 'speak', ['sleep'], Path({str(speaking / 'l')!r}), print)]"
     code = (
-        "from pathlib import Path\nfrom fixup_mt.host import jobs\nfrom fixup_mt.host.jobs import *\n"
+        "from pathlib import Path\nfrom fixup_mt.host import jobs\n"
+        "from fixup_mt.host.jobs import *\n"
         "start = jobs.subprocess.Popen\n"
         "def popen(*a, **k):\n"
         "    process = start(*a, **k); print(process.pid, flush=True); return process\n"

@@ -13,10 +13,10 @@ import torch
 
 from fixup_core.errors import UserError
 from tests.conftest import ENVIRONMENT, ROOT
-from vision.checkpoints import WholeFiles
 from vision.cli import VisionCLI
 from vision.compare import read_run
-from vision.lit_classifier import DivergedError, LitClassifier, _mean, load_classifier
+from vision.training.checkpoints import WholeFiles
+from vision.training.lit_classifier import DivergedError, LitClassifier, _mean, load_classifier
 
 RECIPE = ROOT / "recipes" / "vision" / "digits_fixup_resnet20.yaml"
 TINY = (

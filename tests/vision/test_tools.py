@@ -14,14 +14,14 @@ import yaml
 
 from fixup_core.errors import UserError
 from tests.conftest import ROOT
-from vision import sweep
 from vision.cli import VisionCLI
 from vision.compare import compare, read_run
 from vision.data import Digits
 from vision.export import export
-from vision.lit_classifier import LitClassifier, load_classifier
 from vision.nets import build_net
-from vision.sweep import Recipe, Table, run_point
+from vision.sweep import points as sweep
+from vision.sweep.points import Recipe, Table, run_point
+from vision.training.lit_classifier import LitClassifier, load_classifier
 
 RECIPES = sorted((ROOT / "recipes" / "vision").glob("*.yaml"))
 

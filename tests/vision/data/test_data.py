@@ -16,7 +16,7 @@ from PIL import Image
 from fixup_core.errors import UserError
 from vision.data import CIFAR10, Digits, ImageFolderData, TensorData, sources
 
-CIFAR_ARCHIVE = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg.tar.xz"
+CIFAR_ARCHIVE = Path(__file__).parents[4] / "shared" / "data" / "cifar10-jpeg.tar.xz"
 
 
 def _write_tree(root: Path, size: int = 8) -> None:

@@ -28,8 +28,8 @@ from fixup_core.errors import UserError
 from fixup_core.measure.figures import Curve, Panel, draw
 from vision.cli import RUNS
 from vision.data import VisionData
-from vision.lit_classifier import DivergedError, LitClassifier, load_classifier
 from vision.nets import check_net, net_options
+from vision.training.lit_classifier import DivergedError, LitClassifier, load_classifier
 
 PAPER_METHODS = ("fixup", "batchnorm", "xavier", "lsuv")
 

@@ -20,8 +20,8 @@ from fixup_core import SCALAR_LR_RATIO, param_groups
 from fixup_core.errors import UserError
 from vision.data import VisionData
 from vision.data.batches import Batch, mix
-from vision.mixing import blend
 from vision.nets import METHODS, build_net, initialise_
+from vision.training.mixing import blend
 
 RANGES = (
     ("num_classes", 2, math.inf),

@@ -6,7 +6,7 @@ import pytest
 
 from fixup_core import assert_depth_stable, depth_check
 from fixup_core.errors import UserError
-from vision.checks import bottleneck, cifar
+from vision.nets.depth_nets import bottleneck, cifar
 
 FEWER = {"depths": (3, 12, 48), "seeds": 4}
 ROUGH = FEWER | {"seeds": 8, "tolerance": 0.35}

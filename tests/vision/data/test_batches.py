@@ -10,7 +10,7 @@ import torch
 from fixup_core.errors import UserError
 from vision.data.augment import Pixels
 from vision.data.batches import Batch, BatchOrder, Loader, TensorSource, mix
-from vision.mixing import blend
+from vision.training.mixing import blend
 
 IMAGES = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(20, 1, 4, 4).contiguous()
 LABELS = torch.arange(20)

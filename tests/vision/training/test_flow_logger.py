@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fixup_core.errors import UserError
 from tests.vision.test_cli import TINY
-from vision.callbacks import GradientFlowLogger
 from vision.cli import VisionCLI
+from vision.training.callbacks import GradientFlowLogger
 
 LOGGER = (
     *("--trainer.callbacks+", "GradientFlowLogger"),

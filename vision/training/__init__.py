@@ -1,0 +1,1 @@
+"""The training of a network: Lightning module, mixing, callbacks, checkpoints."""
