@@ -4,6 +4,8 @@ The rules shared by ``fixup_mt`` and ``vision``; needs torch alone.
 """
 
 from fixup_core.convert.convert import fixup_
+from fixup_core.fuse.fold import fold
+from fixup_core.measure.backward_graph import backward_graph
 from fixup_core.measure.bounds import activation_bounds, euler_identity, gradient_bounds
 from fixup_core.measure.depth import (
     DepthCheck,
@@ -12,13 +14,15 @@ from fixup_core.measure.depth import (
     depth_check,
     plot_depth_checks,
 )
-from fixup_core.measure.flow import plot_flows
+from fixup_core.measure.flow import gradient_flow, plot_flows
 from fixup_core.measure.homogeneous import homogeneous_sets, is_positively_homogeneous
 from fixup_core.measure.paths import path_lengths, residual_split
-from fixup_core.rules.branches import ResidualBranch, WeightLayer, collect_branches
-from fixup_core.rules.init import fixup_init_, lsuv_init_, standard_init_
+from fixup_core.rules.branches import Place, ResidualBranch, WeightLayer, collect_branches
+from fixup_core.rules.init import fixup_init_, initialise_, lsuv_init_, standard_init_
+from fixup_core.rules.methods import METHODS, Method
 from fixup_core.rules.param_groups import SCALAR_LR_RATIO, anchored_rate, param_groups
-from fixup_core.rules.report import ConversionReport, ConvertedBranch, FixupReport
+from fixup_core.rules.report import ConversionReport, ConvertedBranch, InitReport
+from fixup_core.rules.residual import Residual
 from fixup_core.rules.scalars import (
     Scalar,
     ScalarBias,
@@ -28,12 +32,20 @@ from fixup_core.rules.scalars import (
 )
 from fixup_core.rules.scaling import branch_scale
 
+FixupReport = InitReport
+"""Its older name."""
+
 __all__ = [
+    "METHODS",
     "SCALAR_LR_RATIO",
     "ConversionReport",
     "ConvertedBranch",
     "DepthCheck",
     "FixupReport",
+    "InitReport",
+    "Method",
+    "Place",
+    "Residual",
     "ResidualBranch",
     "Scalar",
     "ScalarBias",
@@ -43,6 +55,7 @@ __all__ = [
     "anchor_scalars_",
     "anchored_rate",
     "assert_depth_stable",
+    "backward_graph",
     "branch_scale",
     "branch_weights",
     "collect_branches",
@@ -50,8 +63,11 @@ __all__ = [
     "euler_identity",
     "fixup_",
     "fixup_init_",
+    "fold",
     "gradient_bounds",
+    "gradient_flow",
     "homogeneous_sets",
+    "initialise_",
     "is_positively_homogeneous",
     "lsuv_init_",
     "param_groups",

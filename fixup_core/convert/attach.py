@@ -10,97 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fixup_core.rules.scalars import ScalarBias, ScalarMultiplier
-from fixup_core.rules.standards import BATCH_NORMS
 
 BEFORE, MULTIPLIER, AFTER = "fixup_before", "fixup_multiplier", "fixup_after"
-
-
-class Constant(nn.Module):
-    """What a normalisation layer does to one batch, made a constant: ``x * scale + shift``.
-
-    Nothing in it is learnt. At first it is the identity (``calibration`` sets it).
-
-    Args:
-        norm: Of a BatchNorm scale and shift have one number a channel, shape [C], of all others
-            one number, shape [].
-    """
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        size = (norm.num_features,) if isinstance(norm, BATCH_NORMS) else ()
-        self.register_buffer("scale", torch.ones(size))
-        self.register_buffer("shift", torch.zeros(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        size = (-1, *[1] * (x.dim() - 2)) if self.scale.dim() else ()
-        scale, shift = (part.to(x.dtype).view(size) for part in (self.scale, self.shift))
-        return torch.addcmul(shift, x, scale)
-
-    def reset_(self) -> None:
-        """The identity again."""
-        self.scale.fill_(1.0)
-        self.shift.zero_()
-
-
-def constants(network: nn.Module) -> Iterator[Constant]:
-    """Those of ``network``."""
-    return (module for module in network.modules() if isinstance(module, Constant))
-
-
-class NoNorm(nn.Module):
-    """Stands where a normalisation layer stood: the identity, a constant, a scalar bias.
-
-    Args:
-        norm: What was there; an activation or dropout that is part of it (as in timm's
-            ``BatchNormAct2d``) stays.
-        shifted: With a scalar bias, for the activation that follows.
-        constant: With what the layer does to one batch.
-    """
-
-    eps, weight, bias = 0.0, None, None  # looked at by nn.TransformerEncoder
-
-    def __init__(self, norm: nn.Module, *, shifted: bool = False, constant: bool = False) -> None:
-        super().__init__()
-        if constant:
-            self.add_module("constant", Constant(norm))
-        if shifted:
-            self.add_module("shift", ScalarBias())
-        for name in ("drop", "act"):
-            if isinstance(getattr(norm, name, None), nn.Module):
-                self.add_module(name, norm.get_submodule(name))
-
-    def forward(self, x: Tensor, *_: Any) -> Tensor:
-        for step in self.children():
-            x = step(x)
-        return x
-
-
-class PackedWeight:
-    """A parameter with another name than ``weight``, as what initialises weights looks at them.
-
-    Args:
-        module: That holds it.
-        name: Of the parameter.
-        bias: Name of its bias vector, where it has one.
-    """
-
-    def __init__(self, module: nn.Module, name: str, bias: str | None) -> None:
-        self.module, self.name, self.bias_name = module, name, bias
-
-    @property
-    def weight(self) -> nn.Parameter:
-        return getattr(self.module, self.name)
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        return self.module.get_parameter(self.bias_name) if self.bias_name else None
 
 
 class Declared:
@@ -121,9 +35,9 @@ def attach_before_(module: nn.Module) -> None:
     module.register_forward_pre_hook(_add_before, with_kwargs=True)
 
 
-def attach_multiplier_(module: nn.Module) -> None:
+def attach_multiplier_(module: nn.Module, initial: float = 1.0) -> None:
     """A scalar multiplier on what goes out."""
-    module.add_module(MULTIPLIER, ScalarMultiplier())
+    module.add_module(MULTIPLIER, ScalarMultiplier(initial))
     module.register_forward_hook(_multiply)
 
 

@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fixup_core.convert.attach import BEFORE, MULTIPLIER, Constant, constants
+from fixup_core.convert.attach import BEFORE, MULTIPLIER
 from fixup_core.errors import UserError
 from fixup_core.probing import Inputs, in_training_mode, outputs_of
+from fixup_core.rules.frozen import FrozenNorm, frozen_norms
 
 EPS = 1e-5
 """Of the variance, as in batch normalisation."""
@@ -30,13 +31,13 @@ NOTHING = 1e-10
 
 @torch.no_grad()
 def calibrate_(
-    network: nn.Module, inputs: Inputs, before: Sequence[str], norms: Mapping[str, Sequence[str]]
+    net: nn.Module, inputs: Inputs, before: Sequence[str], norms: Mapping[str, Sequence[str]]
 ) -> None:
-    """Set, in one forward pass and in its order, the constants of ``network`` and its biases before
+    """Set, in one forward pass and in its order, the constants of ``net`` and its biases before
     weight layers; and the multipliers of the branches that start with a constant.
 
     Args:
-        network: With scalars and constants as ``fixup_`` attaches them.
+        net: With scalars and constants as ``fixup_`` attaches them.
         inputs: A batch of real data.
         before: Paths of the modules with a scalar bias on what comes in.
         norms: Paths of what stands for a norm; for one that starts branches, of the modules with
@@ -45,10 +46,10 @@ def calibrate_(
     Raises:
         UserError: The batch gives numbers that are not finite.
     """
-    found: dict[Constant, tuple[Tensor, Tensor]] = {}
+    found: dict[FrozenNorm, tuple[Tensor, Tensor]] = {}
     reached: set[nn.Module] = set()
 
-    def keep_statistics(module: Constant, args: tuple[Tensor, ...]) -> None:
+    def keep_statistics(module: FrozenNorm, args: tuple[Tensor, ...]) -> None:
         if module not in found:
             found[module] = _statistics(module, args[0])
             _write_(module, *found[module])  # to a copy of its buffers, for this pass
@@ -58,28 +59,28 @@ def calibrate_(
             reached.add(module)
             module.get_parameter("weight").fill_(-args[0].float().mean())
 
-    biases = [network.get_submodule(f"{path}.{BEFORE}") for path in dict.fromkeys(before)]
-    hooks = [m.register_forward_pre_hook(keep_statistics) for m in constants(network)]
+    biases = [net.get_submodule(f"{path}.{BEFORE}") for path in dict.fromkeys(before)]
+    hooks = [m.register_forward_pre_hook(keep_statistics) for m in frozen_norms(net)]
     hooks += [m.register_forward_pre_hook(start_at_mean_zero) for m in biases]
     try:
-        with in_training_mode(network):
-            outputs_of(network, inputs)
+        with in_training_mode(net):
+            outputs_of(net, inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    for constant, (scale, shift) in found.items():
-        _write_(constant, scale, shift)
+    for frozen, (scale, shift) in found.items():
+        _write_(frozen, scale, shift)
     for path, ends in norms.items():
-        scale = network.get_buffer(f"{path}.constant.scale")
+        scale = net.get_buffer(f"{path}.frozen.scale")
         for end in ends:
-            multiplier = network.get_parameter(f"{end}.{MULTIPLIER}.weight")
+            multiplier = net.get_parameter(f"{end}.{MULTIPLIER}.weight")
             multiplier.mul_(scale.pow(-2).mean().sqrt())
     values = [number for m in (*found, *biases) for number in m.state_dict().values()]
     if not all(value.isfinite().all() for value in values):
         raise UserError("the example inputs give numbers that are not finite: scale them first")
 
 
-def _statistics(module: Constant, x: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(module: FrozenNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and shift that give ``x`` mean 0 and variance 1."""
     dims = [d for d in range(x.dim()) if d != 1] if module.scale.dim() else list(range(x.dim()))
     variance, mean = torch.var_mean(x.float(), dims, correction=0)
@@ -87,6 +88,6 @@ def _statistics(module: Constant, x: Tensor) -> tuple[Tensor, Tensor]:
     return scale, -mean * scale
 
 
-def _write_(module: Constant, scale: Tensor, shift: Tensor) -> None:
+def _write_(module: FrozenNorm, scale: Tensor, shift: Tensor) -> None:
     module.scale.copy_(scale)
     module.shift.copy_(shift)

@@ -54,17 +54,17 @@ class Plan:
 
 
 def traced_plan(
-    network: nn.Module,
+    net: nn.Module,
     inputs: Inputs | None,
     head: str | bool | None,
-    kinds: tuple[type[nn.Module], ...],
+    norm_types: tuple[type[nn.Module], ...],
     keep_norms: bool,
     allow: Sequence[str],
 ) -> Plan:
     """What the network's graph asks for; the arguments are those of ``fixup_``."""
     if inputs is None:
         raise UserError("give fixup_ a batch, example_inputs=, or name the branches= yourself")
-    survey = Survey(network, inputs, kinds, keep_norms, allow)
+    survey = Survey(net, inputs, norm_types, keep_norms, allow)
     plan = Plan(gains=survey.gains(), notes=_notes(survey, keep_norms))
     for number, found in enumerate(survey.branches, start=1):
         layers, name = survey.layers(found), found.name or f"addition {number}"
@@ -72,7 +72,7 @@ def traced_plan(
         plan.before += [layer.unit for layer in layers if layer.unit and layer.enters]
         if layers[-1].unit:
             plan.multiplied.append(layers[-1].unit)
-    plan.head = _named_head(network, head) if head is not None else survey.head
+    plan.head = _named_head(net, head) if head is not None else survey.head
     plan.before += [layer.unit for layer in plan.head if layer.unit]
     survey.place_activation_biases(plan.after, plan.norms)
     plan.constant = survey.free_norms({layer.weight for layer in plan.head})
@@ -99,12 +99,12 @@ def _notes(survey: Survey, keep_norms: bool) -> list[str]:
     return notes
 
 
-def declared_plan(network: nn.Module, branches: Branches | None, head: Any) -> Plan:
+def declared_plan(net: nn.Module, branches: Branches | None, head: Any) -> Plan:
     """What is named, by the user or by the network's own ``residual_branches()``."""
     plan = Plan()
-    paths = {id(module): path for path, module in network.named_modules()}
+    paths = {id(module): path for path, module in net.named_modules()}
     if branches is None:
-        found = {b.name: [paths[id(w.module)] for w in b.layers] for b in collect_branches(network)}
+        found = {b.name: [paths[id(w.module)] for w in b.layers] for b in collect_branches(net)}
     else:
         found = {name: list(layers) for name, layers in branches.items()}
     for name, layers in found.items():
@@ -112,28 +112,28 @@ def declared_plan(network: nn.Module, branches: Branches | None, head: Any) -> P
             raise UserError(
                 f"the branch {name!r} has {len(layers)} weight layer(s): rule 2 is for two or more"
             )
-        plan.branches.append((name, [_layer_at(network, path) for path in layers], []))
+        plan.branches.append((name, [_layer_at(net, path) for path in layers], []))
         plan.before += layers
         plan.after += layers[:-1]
         plan.multiplied.append(layers[-1])
-    declared = list(collect_classifiers(network))
+    declared = collect_classifiers(net)
     if head is None and declared:
-        plan.head = [_layer_at(network, paths[id(layer)]) for layer in declared]
+        plan.head = [_layer_at(net, paths[id(layer.module)]) for layer in declared]
     elif head is None:
         raise UserError("name the output layer by head=, or say head=False: there is none")
     else:
-        plan.head = _named_head(network, head)
+        plan.head = _named_head(net, head)
     plan.before += [layer.unit for layer in plan.head if layer.unit]
     return plan
 
 
-def check(network: nn.Module, plan: Plan) -> None:
+def check(net: nn.Module, plan: Plan) -> None:
     """Raise unless every weight has one place, and may be written."""
     owner: dict[int, str] = {}
     places = [(f"the branch {name!r}", layers) for name, layers, _ in plan.branches]
     for place, layers in [*places, ("the head", plan.head)]:
         for layer in layers:
-            weight = network.get_parameter(layer.weight)
+            weight = net.get_parameter(layer.weight)
             if id(weight) in owner:
                 raise UserError(
                     f"{layer.weight} lies in {owner[id(weight)]} and in {place}: the rules are for "
@@ -147,12 +147,12 @@ def check(network: nn.Module, plan: Plan) -> None:
                 )
 
 
-def _named_head(network: nn.Module, head: str | bool) -> list[Layer]:
-    return [] if head is False else [_layer_at(network, str(head))]
+def _named_head(net: nn.Module, head: str | bool) -> list[Layer]:
+    return [] if head is False else [_layer_at(net, str(head))]
 
 
-def _layer_at(network: nn.Module, path: str) -> Layer:
-    module = next(iter(modules_named(network, [path])))
+def _layer_at(net: nn.Module, path: str) -> Layer:
+    module = next(iter(modules_named(net, [path])))
     if not isinstance(getattr(module, "weight", None), nn.Parameter):
         raise UserError(f"{path!r} ({type(module).__name__}) has no weight of its own")
     bias = f"{path}.bias" if getattr(module, "bias", None) is not None else None

@@ -51,12 +51,12 @@ class Layer:
 
 
 class Survey:
-    """What ``network`` is made of.
+    """What ``net`` is made of.
 
     Args:
-        network: Any.
+        net: Any.
         inputs: To trace it with.
-        kinds: Types of normalisation layers.
+        norm_types: Types of normalisation layers.
         keep_norms: Normalisation stays.
         allow: Paths in branches that need no rule.
 
@@ -66,19 +66,19 @@ class Survey:
 
     def __init__(
         self,
-        network: nn.Module,
+        net: nn.Module,
         inputs: Inputs,
-        kinds: tuple[type[nn.Module], ...],
+        norm_types: tuple[type[nn.Module], ...],
         keep_norms: bool,
         allow: Sequence[str],
     ) -> None:
-        self.network, self.keep_norms, self.allow = network, keep_norms, tuple(allow)
-        modules = network.named_modules(remove_duplicate=False)
-        self.norms = {path for path, module in modules if isinstance(module, kinds)}
-        self.trace = Trace(network, inputs)
+        self.net, self.keep_norms, self.allow = net, keep_norms, tuple(allow)
+        modules = net.named_modules(remove_duplicate=False)
+        self.norms = {path for path, module in modules if isinstance(module, norm_types)}
+        self.trace = Trace(net, inputs)
         self.branches = find_branches(self.trace)
         if not self.branches:
-            raise UserError(_nothing_found(network, self.trace))
+            raise UserError(_nothing_found(net, self.trace))
         self.uses = [
             Use(node, *weight)
             for node in self.trace.nodes
@@ -208,11 +208,11 @@ class Survey:
 
     def _unit(self, use: Use) -> str:
         path, holder = owner(use.node), use.weight.rpartition(".")[0]
-        module = self.network.get_submodule(path)
+        module = self.net.get_submodule(path)
         if path == holder or isinstance(module, nn.MultiheadAttention):
             return path
         weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight is self.network.get_parameter(use.weight):
+        if isinstance(weight, nn.Parameter) and weight is self.net.get_parameter(use.weight):
             return path
         return ""
 
@@ -247,14 +247,14 @@ class Survey:
                 raise UserError(
                     f"{owner(node) or 'the network itself'} normalises by a function "
                     f"({operation(node)}), which cannot be removed: make it a module, name its "
-                    "type in norms=, or leave all norms by keep_norms=True"
+                    "type in norm_types=, or leave all norms by keep_norms=True"
                 )
 
 
-def _nothing_found(network: nn.Module, trace: Trace) -> str:
+def _nothing_found(net: nn.Module, trace: Trace) -> str:
     near = ", ".join(near_joins(trace, set(), NEARLY_JOINING | {"cat", "mul"})[:3])
     joined = f"; paths are joined otherwise than by addition in {near}" if near else ""
     return (
-        f"{type(network).__name__} has no residual branch, no path that is added to where it "
+        f"{type(net).__name__} has no residual branch, no path that is added to where it "
         f"started from{joined}: name branches by branches= if there are any"
     )

@@ -39,10 +39,10 @@ UNLEARNT = frozenset(
 
 
 class Trace:
-    """What ``network`` does with ``inputs``.
+    """What ``net`` does with ``inputs``.
 
     Args:
-        network: It is traced in training mode, with no numbers computed, and left as it was.
+        net: It is traced in training mode, with no numbers computed, and left as it was.
         inputs: A tensor, a tuple of arguments or a mapping of named ones.
 
     Attributes:
@@ -57,8 +57,8 @@ class Trace:
         UserError: The network cannot be traced.
     """
 
-    def __init__(self, network: nn.Module, inputs: Inputs) -> None:
-        program = _exported(network, inputs)
+    def __init__(self, net: nn.Module, inputs: Inputs) -> None:
+        program = _exported(net, inputs)
         signature = program.graph_signature
         own = dict(signature.inputs_to_parameters)
         entering = set(signature.user_inputs)
@@ -174,16 +174,16 @@ def is_view(node: Node) -> bool:
     return True
 
 
-def _exported(network: nn.Module, inputs: Inputs) -> Any:
+def _exported(net: nn.Module, inputs: Inputs) -> Any:
     args, kwargs = arguments_of(inputs)
     try:
-        with warnings.catch_warnings(), _masks_taken_as_told(), in_training_mode(network):
+        with warnings.catch_warnings(), _masks_taken_as_told(), in_training_mode(net):
             warnings.simplefilter("ignore")
-            program = torch.export.export(network, args, kwargs, strict=False)
+            program = torch.export.export(net, args, kwargs, strict=False)
             return program.run_decompositions({})
     except Exception as error:
         raise UserError(
-            f"{type(network).__name__} cannot be traced, so its residual branches must be named: "
+            f"{type(net).__name__} cannot be traced, so its residual branches must be named: "
             "branches={'block1': ['block1.conv1', 'block1.conv2'], ...} "
             f"(torch.export: {one_line(str(error))[:200]})"
         ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 
 from fixup_core.errors import UserError
 from fixup_core.rules.branches import ResidualBranch, WeightLayer
-from fixup_core.rules.init import draw_zero_heads_, fixup_init_, standard_init_
-from fixup_core.rules.scalars import ScalarBias, ScalarMultiplier
-from fixup_core.rules.standards import HE_NORMAL, XAVIER_NORMAL
+from fixup_core.rules.init import draw_zero_heads_, initialise_
+from fixup_core.rules.methods import METHODS, Method
+from fixup_core.rules.residual import Residual
 
 
 class PlainLayer(nn.Sequential):
@@ -30,26 +29,26 @@ class PlainLayer(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """``x + fc2(relu(fc1(x)))``, m = 2, with scalars or norms around, or nothing."""
+    """``x + fc2(relu(fc1(x)))``, m = 2, with the scalars or norms of a method."""
 
-    def __init__(self, width: int, *, scalars: bool = False, norm: bool = False) -> None:
+    def __init__(self, width: int, method: Method) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, width, bias=False)
         self.fc2 = nn.Linear(width, width, bias=False)
-        before = ScalarBias if scalars else nn.Identity
-        self.biases = nn.ModuleList(before() for _ in range(3))
-        self.multiplier = ScalarMultiplier() if scalars else nn.Identity()
+        self.biases = nn.ModuleList(method.make_bias() for _ in range(3))
         self.norms = nn.ModuleList(
-            nn.BatchNorm1d(width) if norm else nn.Identity() for _ in range(2)
+            nn.BatchNorm1d(width) if method.norm else nn.Identity() for _ in range(2)
         )
+        self.residual = Residual(multiplier=method.make_multiplier())
 
     def residual_branches(self) -> Iterator[ResidualBranch]:
-        yield ResidualBranch("branch", (WeightLayer(self.fc1), WeightLayer(self.fc2)))
+        layers = (WeightLayer(self.fc1, role="fc1"), WeightLayer(self.fc2, role="fc2"))
+        yield ResidualBranch("branch", layers)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.norms[0](self.fc1(self.biases[0](x)))
         hidden = torch.relu(self.biases[1](hidden))
-        return x + self.multiplier(self.norms[1](self.fc2(self.biases[2](hidden))))
+        return self.residual(x, self.norms[1](self.fc2(self.biases[2](hidden))))
 
 
 class HighwayLayer(nn.Module):
@@ -84,23 +83,24 @@ class Chain(nn.Module):
 
 @dataclass(frozen=True)
 class Variant:
-    """How a link is made from its width, and what writes the weights of the chain."""
+    """How a link is made from its width and the method, and which method of the registry it is."""
 
-    link: Callable[[int], nn.Module]
-    initialise: Callable[..., Any]
+    link: Callable[[int, Method], nn.Module]
+    method: str
 
 
-_he = partial(standard_init_, convolution=HE_NORMAL)
-_xavier = partial(standard_init_, convolution=XAVIER_NORMAL)
+def _plain(activation: Callable[[], nn.Module]) -> Callable[[int, Method], nn.Module]:
+    return lambda width, method: PlainLayer(width, activation)
+
 
 VARIANTS: dict[str, Variant] = {
-    "tanh": Variant(partial(PlainLayer, activation=nn.Tanh), _xavier),
-    "relu": Variant(partial(PlainLayer, activation=nn.ReLU), _he),
-    "highway": Variant(HighwayLayer, _he),
-    "batchnorm": Variant(partial(ResidualBlock, norm=True), _he),
-    "fixup": Variant(partial(ResidualBlock, scalars=True), fixup_init_),
-    "residual": Variant(ResidualBlock, _he),
-    "sigmoid": Variant(partial(PlainLayer, activation=nn.Sigmoid), _xavier),
+    "tanh": Variant(_plain(nn.Tanh), "xavier"),
+    "relu": Variant(_plain(nn.ReLU), "none"),
+    "highway": Variant(lambda width, method: HighwayLayer(width), "none"),
+    "batchnorm": Variant(ResidualBlock, "batchnorm"),
+    "fixup": Variant(ResidualBlock, "fixup"),
+    "residual": Variant(ResidualBlock, "none"),
+    "sigmoid": Variant(_plain(nn.Sigmoid), "xavier"),
 }
 """Plain chains of tanh, ReLU and sigmoid layers, drawn as suits each; gated layers; residual blocks
 with BatchNorm, by Fixup, and drawn as He has it with nothing else."""
@@ -133,9 +133,9 @@ def build_chain(
         raise UserError(f"there is no chain {variant!r}; choose one of {', '.join(VARIANTS)}")
     if depth < 1:
         raise UserError(f"a chain has at least 1 link, got a depth of {depth}")
-    chosen = VARIANTS[variant]
-    chain = Chain([chosen.link(width) for _ in range(depth)], inputs, width, classes)
-    chosen.initialise(chain)
+    chosen, method = VARIANTS[variant], METHODS[VARIANTS[variant].method]
+    chain = Chain([chosen.link(width, method) for _ in range(depth)], inputs, width, classes)
+    initialise_(chain, method)
     if not zero_head:
         draw_zero_heads_(chain.classifier_layers())
     return chain

@@ -1,7 +1,7 @@
 """``python -m fixup_core check NET``: the depth check of a network, as a table, figure or JSON.
 
 NET is one of this project's networks or ``package.module:function``. The function, called without
-arguments or with the ``--rule``, returns what ``depth_check`` takes: a dictionary with ``make_net``
+arguments or with a ``--method``, returns what ``depth_check`` takes: a dictionary with ``make_net``
 and ``batch``, and what else it wants to set. Status 0: flat; 1: not; 2: a mistake.
 """
 
@@ -27,6 +27,7 @@ from fixup_core.measure.depth import (
     depth_check,
     plot_depth_checks,
 )
+from fixup_core.rules.methods import METHODS
 
 NETS = {
     "cifar": "vision.nets.depth_nets:cifar",
@@ -42,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     nets = ", ".join(NETS)
     parser.add_argument("net", metavar="NET", help=f"{nets}, or package.module:function")
-    parser.add_argument("--rule", nargs="+", help="passed to the function; several are compared")
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        help=f"passed to the function; several are compared: {', '.join(METHODS)}",
+    )
     parser.add_argument("--depths", nargs="+", type=int, help="three or more")
     parser.add_argument("--seeds", type=int, help="networks of each depth")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="default: sgd")
@@ -55,10 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; 0 where every rule is flat, else 1."""
+    """Measure and print; 0 where every method is flat, else 1."""
     if args.moved and args.branches:
         raise UserError("give --moved or --branches, not both")
-    checks = {rule or args.net: _check(args, rule) for rule in args.rule or [None]}
+    checks = {method or args.net: _check(args, method) for method in args.method or [None]}
     if args.json:
         print(json.dumps({name: _plain(check) for name, check in checks.items()}, indent=2))
     else:
@@ -68,22 +73,22 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(check.flat for check in checks.values()) else 1
 
 
-def _check(args: argparse.Namespace, rule: str | None) -> DepthCheck:
-    options = _subject(args.net, rule)
+def _check(args: argparse.Namespace, method: str | None) -> DepthCheck:
+    options = _subject(args.net, method)
     for name in ("depths", "seeds", "moved"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     if args.branches:
         options["moved"] = partial(branch_weights, ending=args.branches)
-    told = f"{rule}: " if rule else ""
+    prefix = f"{method}: " if method else ""
     return depth_check(
         **options,
         optimizer=OPTIMIZERS[args.optimizer],
-        progress=lambda line: print(told + line, file=sys.stderr),
+        progress=lambda line: print(prefix + line, file=sys.stderr),
     )
 
 
-def _subject(net: str, rule: str | None) -> dict[str, Any]:
+def _subject(net: str, method: str | None) -> dict[str, Any]:
     """What the network's function returns."""
     path, _, name = NETS.get(net, net).partition(":")
     if not name:
@@ -92,9 +97,9 @@ def _subject(net: str, rule: str | None) -> dict[str, Any]:
         function = getattr(importlib.import_module(path), name)
     except (ModuleNotFoundError, AttributeError) as error:
         raise UserError(f"{net}: {error}") from error
-    if rule is not None and "rule" not in inspect.signature(function).parameters:
-        raise UserError(f"{net} takes no rule: leave --rule away")
-    options = function() if rule is None else function(rule=rule)
+    if method is not None and "method" not in inspect.signature(function).parameters:
+        raise UserError(f"{net} takes no method: leave --method away")
+    options = function() if method is None else function(method=method)
     if not isinstance(options, dict) or not {"make_net", "batch"} <= options.keys():
         raise UserError(f"{net} must return a dictionary with make_net and batch")
     return dict(options)

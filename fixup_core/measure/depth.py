@@ -21,9 +21,8 @@ from fixup_core.errors import UserError
 from fixup_core.measure.figures import Curve, Panel, draw
 from fixup_core.measure.line_fit import Slope, fit_slope
 from fixup_core.probing import Inputs, first_tensor, modules_named, outputs_of
-from fixup_core.rules.branches import collect_branches, collect_classifiers
+from fixup_core.rules.branches import WeightLayer, collect_branches, collect_classifiers
 from fixup_core.rules.init import draw_zero_heads_
-from fixup_core.rules.parametrised import parameters_of_weight
 from fixup_core.rules.scalars import scalars
 
 DEPTHS = (4, 8, 16, 32, 64, 128)
@@ -236,8 +235,7 @@ def branch_weights(net: nn.Module, ending: str = "") -> list[nn.Parameter]:
             f"{type(net).__name__} declares {what}: give its blocks a residual_branches() "
             "method, or say in moved= which parameters take the step"
         )
-    layers: list[Any] = [layer.module for branch in chosen for layer in branch.layers]
-    return [parameter for layer in layers for parameter in parameters_of_weight(layer)]
+    return [p for branch in chosen for layer in branch.layers for p in layer.sources]
 
 
 def _and_scalars(net: nn.Module) -> list[nn.Parameter]:
@@ -293,11 +291,11 @@ class _Step:
         return outputs
 
 
-def _heads(net: nn.Module, name: str | None) -> list[nn.Module]:
+def _heads(net: nn.Module, name: str | None) -> Sequence[nn.Module | WeightLayer]:
     """The declared classifiers, the layer of that name, or the last linear layer."""
     if name is not None:
         return list(modules_named(net, [name]))
-    linear: list[nn.Module] = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
     return collect_classifiers(net) or linear[-1:]
 
 

@@ -106,7 +106,8 @@ def homogeneous_sets(net: nn.Module, inputs: Inputs) -> dict[str, tuple[str, ...
     calls = _calls(net, inputs)
     weighted = [module for module in calls if _is_weight_layer(module)]
     found = {"first layer": [weighted[0].weight, *_biases(calls[calls.index(weighted[0]) :])]}
-    for layer in list(collect_classifiers(net)) or weighted[-1:]:
+    heads = [layer.module for layer in collect_classifiers(net)] or weighted[-1:]
+    for layer in heads:
         found["classifier"] = [*found.get("classifier", ()), *layer.parameters(recurse=False)]
     for path, shortcut, last in _shortcuts(net, weighted):
         after = _biases(calls[calls.index(last) :])

@@ -1,4 +1,4 @@
-"""Residual branches, declared by the blocks that own them and counted from the built model.
+"""Residual branches, declared by the blocks that own them and counted from the built network.
 
 A block says which of its modules form a residual branch, in order::
 
@@ -6,10 +6,10 @@ A block says which of its modules form a residual branch, in order::
         def residual_branches(self):
             yield ResidualBranch("convs", (WeightLayer(self.conv1), WeightLayer(self.conv2)))
 
-More methods are looked for on any module of the model, all optional: ``classifier_layers()``
-yields the modules that rule 1 sets to 0, ``standard_layers()`` the ``WeightLayer`` outside all
-branches whose standard initialisation is not the default of their type, ``last_norms()`` the
-normalisation layers that end a branch (for the initialisations Fixup is compared with).
+Three more methods are looked for on any module of the network, all optional:
+``classifier_layers()`` yields the layers that rule 1 sets to 0, ``standard_layers()`` the layers
+outside all branches whose standard initialisation is not the default of their type,
+``last_norms()`` the normalisation layers that end a branch.
 """
 
 from __future__ import annotations
@@ -18,27 +18,56 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from fixup_core.rules.parametrised import parameters_of_weight
+from fixup_core.errors import UserError
 from fixup_core.rules.standards import Standard
+
+INSIDE_SOFTMAX = frozenset({"query", "key"})
+"""Roles of weights that a branch depends on through a softmax: they are no factor of its output."""
 
 
 @dataclass(frozen=True)
 class WeightLayer:
-    """One matrix or filter bank.
+    """One matrix or filter bank: a parameter of a module, and the part it plays.
 
     Attributes:
-        module: The module whose ``weight`` it is.
-        standard: How its weights are drawn before the factor of rule 2; ``None`` means the
+        module: The module that holds it.
+        weight: The parameter's name in the module.
+        bias: The name of its bias vector; a module without one may keep the default.
+        role: "conv", "fc1", "fc2", "query", "key", "value", "out", ...; "" where nothing asks.
+        standard: How its weights are drawn before the factor of rule 2; ``None`` takes the
             default of the module's type (He for convolutions, Xavier for linear layers).
-        copies: How many weight layers the matrix packs: 3 for one matrix of queries, keys and
-            values.
+        copies: The number of weight layers that the matrix packs: 3 for one matrix of queries,
+            keys and values.
     """
 
     module: nn.Module
+    weight: str = "weight"
+    bias: str = "bias"
+    role: str = ""
     standard: Standard | None = None
     copies: int = 1
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight; of a parametrised one what it computes."""
+        return getattr(self.module, self.weight)
+
+    @property
+    def bias_vector(self) -> Tensor | None:
+        """The bias vector, if there is one."""
+        bias = getattr(self.module, self.bias, None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def sources(self) -> list[nn.Parameter]:
+        """The parameters that the weight is computed from; an ordinary one is its own source."""
+        if is_parametrized(self.module, self.weight):
+            parametrizations: Any = self.module.parametrizations
+            return list(parametrizations[self.weight].parameters())
+        return [self.parameter]
 
 
 @dataclass(frozen=True)
@@ -47,65 +76,125 @@ class ResidualBranch:
 
     Attributes:
         name: The branch's name inside its block; ``collect_branches`` puts the block's path before.
-        layers: In the order of the forward pass; the last one starts at 0.
-        assumed_num_branches: Take this for L in place of the true count. Only for repeating other
-            people's runs.
+        layers: In the order of the forward pass; rule 1 sets the last one to 0.
+        kind: "self_attention", "cross_attention", "feed_forward"; "" where nothing asks.
+        stack: "encoder" or "decoder" in a network that has both; else "".
     """
 
     name: str
     layers: tuple[WeightLayer, ...]
-    assumed_num_branches: int | None = None
+    kind: str = ""
+    stack: str = ""
 
     def __post_init__(self) -> None:
         if not self.layers:
-            raise ValueError(f"residual branch {self.name!r} has no weight layer")
+            raise UserError(f"residual branch {self.name!r} has no weight layer")
 
     @property
     def layers_per_branch(self) -> int:
-        """M of the rules."""
+        """The m of the rules: all weight layers."""
         return sum(layer.copies for layer in self.layers)
 
+    @property
+    def factors(self) -> int:
+        """The weight layers whose product the branch is: m without queries and keys."""
+        return sum(layer.copies for layer in self.layers if layer.role not in INSIDE_SOFTMAX)
 
-def collect_branches(model: nn.Module) -> list[ResidualBranch]:
-    """All residual branches of ``model``, in module order; their number is L.
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight stands in a built network. Everything is counted, nothing is passed in.
+
+    Attributes:
+        branch: Its residual branch.
+        position: Of the layer in the branch, from 0.
+        num_branches: L, the residual branches of the network.
+        block: Of the blocks that make up its stack, the number of its own, from 1.
+        blocks: Stack -> number of its blocks: N = ``blocks["encoder"]``.
+    """
+
+    branch: ResidualBranch
+    position: int
+    num_branches: int
+    block: int
+    blocks: dict[str, int]
+
+    @property
+    def layer(self) -> WeightLayer:
+        return self.branch.layers[self.position]
+
+    @property
+    def last(self) -> bool:
+        """Whether it is the branch's last layer."""
+        return self.position == len(self.branch.layers) - 1
+
+
+def collect_branches(net: nn.Module) -> list[ResidualBranch]:
+    """All residual branches of ``net``, in module order; their number is L.
 
     Raises:
-        ValueError: A weight lies in two branches, or twice in one.
+        UserError: A weight lies in two branches, or twice in one.
     """
-    branches = [
-        replace(branch, name=_join(path, branch.name))
-        for path, branch in _declarations(model, "residual_branches")
+    return [branch for branch, _ in _with_blocks(net)]
+
+
+def collect_places(net: nn.Module) -> list[Place]:
+    """Every weight layer of every branch, in order.
+
+    Raises:
+        UserError: As ``collect_branches``.
+    """
+    found = _with_blocks(net)
+    paths: dict[str, dict[str, None]] = {}
+    for branch, path in found:
+        paths.setdefault(branch.stack, {}).setdefault(path)
+    number = {
+        (stack, path): n for stack, own in paths.items() for n, path in enumerate(own, start=1)
+    }
+    blocks = {stack: len(own) for stack, own in paths.items()}
+    return [
+        Place(branch, position, len(found), number[branch.stack, path], blocks)
+        for branch, path in found
+        for position in range(len(branch.layers))
+    ]
+
+
+def collect_classifiers(net: nn.Module) -> list[WeightLayer]:
+    """The layers that rule 1 sets to 0."""
+    return [_as_layer(layer) for _, layer in _declarations(net, "classifier_layers")]
+
+
+def collect_standard_layers(net: nn.Module) -> list[WeightLayer]:
+    """The layers outside all branches that declare their own standard initialisation."""
+    return [layer for _, layer in _declarations(net, "standard_layers")]
+
+
+def collect_last_norms(net: nn.Module) -> list[nn.Module]:
+    """The normalisation layers that end a branch."""
+    return [norm for _, norm in _declarations(net, "last_norms")]
+
+
+def _with_blocks(net: nn.Module) -> list[tuple[ResidualBranch, str]]:
+    """The branches, each with the path of the block that declares it."""
+    found = [
+        (replace(branch, name=_join(path, branch.name)), path)
+        for path, branch in _declarations(net, "residual_branches")
     ]
     owner: dict[int, str] = {}
-    for branch in branches:
+    for branch, _ in found:
         for layer in branch.layers:
-            key = id(parameters_of_weight(layer.module)[0])
+            key = id(layer.sources[0])
             if key in owner:
-                raise ValueError(
+                raise UserError(
                     f"the branches {owner[key]!r} and {branch.name!r} share a weight: "
                     "rule 2 is defined for branches with weights of their own"
                 )
             owner[key] = branch.name
-    return branches
+    return found
 
 
-def collect_classifiers(model: nn.Module) -> list[nn.Module]:
-    """The modules that rule 1 sets to 0."""
-    return [layer for _, layer in _declarations(model, "classifier_layers")]
-
-
-def collect_standard_layers(model: nn.Module) -> list[WeightLayer]:
-    """The layers outside all branches that declare their own standard initialisation."""
-    return [layer for _, layer in _declarations(model, "standard_layers")]
-
-
-def collect_last_norms(model: nn.Module) -> list[nn.Module]:
-    """The normalisation layers that end a branch."""
-    return [norm for _, norm in _declarations(model, "last_norms")]
-
-
-def _declarations(model: nn.Module, method: str) -> Iterator[tuple[str, Any]]:
-    for path, module in model.named_modules():
+def _declarations(net: nn.Module, method: str) -> Iterator[tuple[str, Any]]:
+    for path, module in net.named_modules():
         # Not getattr alone: wrappers, as torch.compile's, hand what they lack on to what they wrap.
         own = method in vars(module) or hasattr(type(module), method)
         declare = getattr(module, method) if own else None
@@ -113,6 +202,10 @@ def _declarations(model: nn.Module, method: str) -> Iterator[tuple[str, Any]]:
             declared: Iterable[Any] = declare()
             for item in declared:
                 yield path, item
+
+
+def _as_layer(declared: nn.Module | WeightLayer) -> WeightLayer:
+    return declared if isinstance(declared, WeightLayer) else WeightLayer(declared)
 
 
 def _join(path: str, name: str) -> str:

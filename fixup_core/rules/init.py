@@ -1,42 +1,41 @@
-"""The only writer of weights: ``fixup_init_``, and the standard initialisations it is held against.
+"""The only writer of weights: ``initialise_``, by a method of the registry; and its short names.
 
-Each makes a plan for every parameter of the built model, and only then writes: where it raises,
-the model is as it was.
+It makes a plan for every parameter of the built network, and only then writes: where it raises,
+the network is as it was.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from fixup_core.convert.attach import PackedWeight, constants
+from fixup_core.errors import UserError
 from fixup_core.rules.branches import (
     WeightLayer,
     collect_branches,
     collect_classifiers,
     collect_last_norms,
+    collect_places,
     collect_standard_layers,
 )
+from fixup_core.rules.frozen import frozen_norms
+from fixup_core.rules.methods import Method, method_named
 from fixup_core.rules.parametrised import plain_weights
-from fixup_core.rules.report import FixupReport, Row
+from fixup_core.rules.report import InitReport, Row
 from fixup_core.rules.scalars import scalars
-from fixup_core.rules.scaling import branch_scale
 from fixup_core.rules.standards import (
     CONVOLUTIONS,
     HE_NORMAL,
     NORMS,
-    ORTHOGONAL,
     TORCH_DEFAULT,
     Standard,
     standard_of,
 )
-
-Rule = Callable[[int, int], float]
 
 
 @dataclass(frozen=True)
@@ -50,31 +49,30 @@ class _Entry:
     zero_row: int | None = None
 
 
-def fixup_init_(
-    model: nn.Module,
+def initialise_(
+    net: nn.Module,
+    method: str | Method,
     *,
-    rule: Rule = branch_scale,
-    zero: bool = True,
+    batch: Any = None,
     keep: Iterable[nn.Parameter] = (),
     gains: Iterable[nn.Parameter] = (),
     generator: Generator | None = None,
-) -> FixupReport:
-    """Initialise ``model`` by the Fixup rules (Zhang et al. 2019, section 4).
+) -> InitReport:
+    """Write every parameter of ``net`` as a method of the registry has it.
 
-    L and every m are counted from the branches that the blocks declare. The last layer of each
-    branch and the classifier become 0, the other layers of a branch are drawn from their standard
-    distribution times ``rule(L, m)``, layers outside the branches from their standard
-    distribution, scalars get their initial value and bias vectors 0; what a batch has set
-    (``fixup_``'s ``calibrate``) is gone. Everything is drawn anew, so a second call is harmless.
+    L and every m are counted from the branches that the blocks declare. Scalars get their initial
+    value, bias vectors 0 and gains 1; what a batch has set (``fixup_``'s ``calibrate``) is gone.
+    Everything is drawn anew, so a second call is harmless.
 
     Differs: a classifier that shares its weight with an embedding cannot be 0; it is drawn as
     the embedding it is, and the report says so.
 
     Args:
-        model: Built, on any device, in any dtype.
-        rule: ``rule(L, m)`` is the factor inside a branch; another function is an ablation.
-        zero: Rule 1. False is an ablation: the last layer of a branch takes the factor of the
-            others, the classifier PyTorch's own initialisation.
+        net: Built, on any device, in any dtype.
+        method: A name in ``METHODS``, or a record of one's own: an ablation is
+            ``dataclasses.replace(METHODS["fixup"], factor=...)``.
+        batch: What ``net`` is called with, once, by a method of unit variance (LSUV): a tensor or
+            a tuple of arguments. Others do not look at it.
         keep: Parameters to leave as they are, such as pretrained embeddings.
         gains: Parameters that multiply element by element, such as layer scales: they start at 1.
         generator: Source of the random numbers; PyTorch's own by default.
@@ -83,47 +81,58 @@ def fixup_init_(
         What was written, one row a parameter; ``str()`` of it is a table.
 
     Raises:
-        ValueError: A parameter that no rule covers (it is named), a model without branches, or a
-            weight that lies in two branches. Nothing has been written then.
+        UserError: A parameter that no rule covers (it is named), a network without branches where
+            the method needs them, a weight that lies in two branches, a method of unit variance
+            without a batch, or last gains where no norm ends a branch. Nothing has been written.
     """
-    with plain_weights(model) as parametrised:
+    method = method_named(method)
+    if method.unit_variance and batch is None:
+        raise UserError(f"the method {method.name!r} looks at data: give it a batch=")
+    with plain_weights(net) as parametrised:
         kept = {id(parameter): parameter for parameter in keep}
         for module in parametrised:
             kept |= {id(parameter): parameter for parameter in module.plain(kept)}
-        plan = _Plan(model, kept.values())
-        if not plan.num_branches:
-            raise ValueError(
-                f"{type(model).__name__} declares no residual branch: "
-                "give its blocks a residual_branches() method"
-            )
-        plan.add_scalars()
-        for gain in gains:
-            plan._constant(gain, "gain", 1.0, 1.0)
-        plan.add_branches(rule, zero)
-        plan.add_classifiers(zero)
-        plan.add_declared()
-        plan.add_others()
+        plan = _InitPlan(net, method, kept.values())
+        plan.add_everything(gains)
         for module in parametrised:
             module.check(plan.entries)
-        for constant in constants(model):
-            constant.reset_()
-        return plan.write_(generator)
+        for norm in frozen_norms(net):
+            norm.reset_()
+        report = plan.write_(generator)
+    return _unit_variance_(net, batch, report) if method.unit_variance else report
+
+
+def fixup_init_(
+    net: nn.Module,
+    *,
+    keep: Iterable[nn.Parameter] = (),
+    gains: Iterable[nn.Parameter] = (),
+    generator: Generator | None = None,
+) -> InitReport:
+    """Initialise ``net`` by the Fixup rules (Zhang et al. 2019, section 4).
+
+    The last layer of each branch and the classifier become 0, the other layers of a branch are
+    drawn from their standard distribution times ``L ** (-1 / (2m - 2))``, layers outside the
+    branches from their standard distribution. Short for ``initialise_(net, "fixup")``, which says
+    what the arguments are and what is raised.
+    """
+    return initialise_(net, "fixup", keep=keep, gains=gains, generator=generator)
 
 
 def standard_init_(
-    model: nn.Module,
+    net: nn.Module,
     *,
     convolution: Standard = HE_NORMAL,
     zero_last_gains: bool = False,
     generator: Generator | None = None,
-) -> FixupReport:
-    """Initialise ``model`` as a network without Fixup is: what it is compared with.
+) -> InitReport:
+    """Initialise ``net`` as a network without Fixup is: what it is compared with.
 
-    Convolutions and linear layers are drawn from ``convolution``, classifiers as PyTorch draws
+    Convolutions and linear layers are drawn from one distribution, classifiers as PyTorch draws
     them, normalisation layers get gain 1, bias vectors 0.
 
     Args:
-        model: Built, on any device, in any dtype.
+        net: Built, on any device, in any dtype.
         convolution: The distribution, He's or Xavier's.
         zero_last_gains: ZeroInit (Goyal et al. 2017, section 5.1): the normalisation layers that
             the blocks declare in ``last_norms()``, those that end a branch, get gain 0.
@@ -133,21 +142,20 @@ def standard_init_(
         What was written, one row a parameter.
 
     Raises:
-        ValueError: A parameter of a type that is not known, or ``zero_last_gains`` where no
-            normalisation ends a branch. Nothing has been written then.
+        UserError: As ``initialise_``.
     """
-    with plain_weights(model) as parametrised:
-        plan = _Plan(model, ())
-        plan.add_scalars()
-        plan.add_norms(zero_last_gains)
-        plan.add_classifiers(zero=False)
-        plan.add_others(convolution)
-        for module in parametrised:
-            module.check(plan.entries)
-        return plan.write_(generator)
+    method = Method(
+        "standard",
+        "one distribution for all layers, norms at 1",
+        "",
+        standard=convolution,
+        norm="any",
+        zero_last_gains=zero_last_gains,
+    )
+    return initialise_(net, method, generator=generator)
 
 
-def lsuv_init_(model: nn.Module, *args: Any, generator: Generator | None = None) -> FixupReport:
+def lsuv_init_(net: nn.Module, *args: Any, generator: Generator | None = None) -> InitReport:
     """Layer-sequential unit-variance initialisation (Mishkin and Matas 2016, algorithm 1).
 
     Convolutions and linear layers are drawn orthonormal, then each is divided by the standard
@@ -158,17 +166,20 @@ def lsuv_init_(model: nn.Module, *args: Any, generator: Generator | None = None)
     division makes it 1, and one pass serves all layers.
 
     Args:
-        model: Built; it is called once, in its present mode.
-        args: The batch, as ``model`` takes it.
+        net: Built; it is called once, in its present mode.
+        args: The batch, as ``net`` takes it.
         generator: Source of the random numbers; PyTorch's own by default.
 
     Returns:
         What was written; the standard deviations are those after the division.
     """
-    report = standard_init_(model, convolution=ORTHOGONAL, generator=generator)
-    layers = [
-        module for module in model.modules() if isinstance(module, (*CONVOLUTIONS, nn.Linear))
-    ]
+    return initialise_(net, "lsuv", batch=args, generator=generator)
+
+
+def _unit_variance_(net: nn.Module, batch: Any, report: InitReport) -> InitReport:
+    """Divide every layer by the standard deviation of its output, in the order of the call."""
+    args = batch if isinstance(batch, tuple) else (batch,)
+    layers = [module for module in net.modules() if isinstance(module, (*CONVOLUTIONS, nn.Linear))]
 
     def divide(module: Any, inputs: Any, output: Tensor) -> Tensor:
         std = output.std().clamp_min(torch.finfo(output.dtype).tiny)
@@ -178,30 +189,11 @@ def lsuv_init_(model: nn.Module, *args: Any, generator: Generator | None = None)
     hooks = [layer.register_forward_hook(divide) for layer in layers]
     try:
         with torch.no_grad():
-            model(*args)
+            net(*args)
     finally:
         for hook in hooks:
             hook.remove()
-    return _measured(model, report)
-
-
-def draw_zero_heads_(heads: Iterable[nn.Module], *, generator: Generator | None = None) -> None:
-    """Draw those of the layers whose weight is 0 as PyTorch does.
-
-    For measurements on a network that rule 1 has just initialised: behind a head at 0 nothing but
-    the head can move.
-    """
-    for head in heads:
-        holder = head.module if isinstance(head, PackedWeight) else head
-        with torch.no_grad(), plain_weights(holder):
-            weight: Any = head.weight
-            if not weight.any():
-                row = Row("", "classifier", std=TORCH_DEFAULT.std(head))
-                _write_(_Entry(weight, row, shape=TORCH_DEFAULT.shape), generator)
-
-
-def _measured(model: nn.Module, report: FixupReport) -> FixupReport:
-    parameters = dict(model.named_parameters())
+    parameters = dict(net.named_parameters())
     rows = tuple(
         row if row.value is not None else replace(row, std=parameters[row.name].std().item())
         for row in report.rows
@@ -209,83 +201,118 @@ def _measured(model: nn.Module, report: FixupReport) -> FixupReport:
     return replace(report, rows=rows)
 
 
-class _Plan:
-    def __init__(self, model: nn.Module, keep: Iterable[nn.Parameter]) -> None:
-        self.model = model
-        self.branches = collect_branches(model)
-        self.num_branches = len(self.branches)
-        self.names = {id(p): name for name, p in model.named_parameters()}
+def draw_zero_heads_(
+    heads: Iterable[nn.Module | WeightLayer], *, generator: Generator | None = None
+) -> None:
+    """Draw those of the layers whose weight is 0 as PyTorch does.
+
+    For measurements on a network that rule 1 has just initialised: behind a head at 0 nothing but
+    the head can move.
+    """
+    for head in heads:
+        layer = head if isinstance(head, WeightLayer) else WeightLayer(head)
+        with torch.no_grad(), plain_weights(layer.module):
+            weight = layer.parameter
+            if not weight.any():
+                row = Row("", "classifier", std=TORCH_DEFAULT.std(weight, layer.module))
+                _write_(_Entry(weight, row, shape=TORCH_DEFAULT.shape), generator)
+
+
+class _InitPlan:
+    """What ``initialise_`` will write: an entry for every parameter of ``net``."""
+
+    def __init__(self, net: nn.Module, method: Method, keep: Iterable[nn.Parameter]) -> None:
+        self.net, self.method = net, method
+        self.num_branches = len(collect_branches(net))
+        self.names = {id(p): name for name, p in net.named_parameters()}
         self.kept = {id(p) for p in keep}
         self.entries: dict[int, _Entry] = {}
 
-    def write_(self, generator: Generator | None) -> FixupReport:
+    def write_(self, generator: Generator | None) -> InitReport:
         with torch.no_grad():
             for entry in self.entries.values():
                 _write_(entry, generator)
-        return FixupReport(self.num_branches, self.rows())
+        return InitReport(self.num_branches, self._rows(), self.method.name)
 
-    def rows(self) -> tuple[Row, ...]:
-        """In the order of the model's parameters."""
+    def _rows(self) -> tuple[Row, ...]:
+        """In the order of the network's parameters."""
         rows = {key: entry.row for key, entry in self.entries.items()}
         rows |= {key: Row(self.names[key], "kept") for key in self.kept if key in self.names}
         return tuple(rows[key] for key in self.names)
 
-    def add_scalars(self) -> None:
-        for scalar in scalars(self.model):
+    def add_everything(self, gains: Iterable[nn.Parameter]) -> None:
+        """Plan all parameters; the order is that of the random draws."""
+        if self.method.needs_branches and not self.num_branches:
+            raise UserError(
+                f"{type(self.net).__name__} declares no residual branch: "
+                "give its blocks a residual_branches() method"
+            )
+        for scalar in scalars(self.net):
             self._constant(scalar.weight, "scalar", scalar.initial_weight(), scalar.initial)
+        for gain in gains:
+            self._constant(gain, "gain", 1.0, 1.0)
+        if self.method.norm is not None:
+            self._add_norms()
+        # A method with one distribution for all layers knows no branch.
+        if self.method.standard is None:
+            self._add_branches()
+        self._add_classifiers()
+        if self.method.standard is None:
+            for layer in collect_standard_layers(self.net):
+                self._drawn(layer, "standard")
+        self._add_others()
 
-    def add_branches(self, rule: Rule, zero: bool) -> None:
-        for branch in self.branches:
-            m = branch.layers_per_branch
-            depth = branch.assumed_num_branches or self.num_branches
-            *scaled, last = branch.layers
-            for layer in scaled if zero else branch.layers:
-                factor = rule(depth, m)
-                self._drawn(layer, "branch", branch=branch.name, m=m, L=depth, factor=factor)
-            if zero:
-                self._zero(last.module, "branch", branch=branch.name, m=m, L=depth, factor=0.0)
+    def _add_branches(self) -> None:
+        for place in collect_places(self.net):
+            where = {
+                "branch": place.branch.name,
+                "m": place.branch.layers_per_branch,
+                "L": place.num_branches,
+            }
+            if place.last and self.method.zero_last:
+                self._zero(place.layer, "branch", factor=0.0, **where)
+            else:
+                self._drawn(place.layer, "branch", factor=self.method.factor(place), **where)
 
-    def add_norms(self, zero_last_gains: bool) -> None:
-        zeroed = {id(norm.weight) for norm in collect_last_norms(self.model)}
-        if zero_last_gains and not zeroed:
-            raise ValueError(
-                f"no branch of {type(self.model).__name__} ends with a normalisation layer, "
+    def _add_norms(self) -> None:
+        zeroed = {id(norm.weight) for norm in collect_last_norms(self.net)}
+        if self.method.zero_last_gains and not zeroed:
+            raise UserError(
+                f"no branch of {type(self.net).__name__} ends with a normalisation layer, "
                 "whose gain could start at 0"
             )
-        for module in self.model.modules():
+        for module in self.net.modules():
             if isinstance(module, NORMS) and module.weight is not None:
-                gain = 0.0 if zero_last_gains and id(module.weight) in zeroed else 1.0
+                zero = self.method.zero_last_gains and id(module.weight) in zeroed
+                gain = 0.0 if zero else 1.0
                 self._constant(module.weight, "gain", gain, gain)
-                self._bias(module, "gain")
+                self._bias(WeightLayer(module), "gain")
 
-    def add_classifiers(self, zero: bool) -> None:
-        embeddings = {
-            id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)
-        }
-        for module in collect_classifiers(self.model):
-            if id(module.weight) in embeddings:
-                self._drawn(WeightLayer(_embedding_of(self.model, module)), "tied output")
-            elif zero:
-                self._zero(module, "classifier")
+    def _add_classifiers(self) -> None:
+        embeddings = [m for m in self.net.modules() if isinstance(m, nn.Embedding)]
+        for layer in collect_classifiers(self.net):
+            tied = [m for m in embeddings if m.weight is layer.parameter]
+            if tied:
+                self._drawn(WeightLayer(tied[0]), "tied output")
+            elif self.method.zero_head:
+                self._zero(layer, "classifier")
             else:
-                self._drawn(WeightLayer(module, TORCH_DEFAULT), "classifier")
+                standard = layer.standard or TORCH_DEFAULT
+                self._drawn(replace(layer, standard=standard), "classifier")
 
-    def add_declared(self) -> None:
-        for layer in collect_standard_layers(self.model):
-            self._drawn(layer, "standard")
-
-    def add_others(self, standard: Standard | None = None) -> None:
-        """Everything that is left; ``standard`` replaces the defaults of the types."""
-        for module in filter(standard_of, self.model.modules()):
-            role = "embedding" if isinstance(module, nn.Embedding) else "standard"
-            if not self._done(id(module.weight)):
-                chosen = None if isinstance(module, nn.Embedding) else standard
-                self._drawn(WeightLayer(module, chosen), role)
-            elif not self._done(id(getattr(module, "bias", None))):
-                self._bias(module, role)
+    def _add_others(self) -> None:
+        """Everything that is left."""
+        for module in filter(standard_of, self.net.modules()):
+            embedding = isinstance(module, nn.Embedding)
+            role = "embedding" if embedding else "standard"
+            layer = WeightLayer(module, standard=None if embedding else self.method.standard)
+            if not self._done(id(layer.parameter)):
+                self._drawn(layer, role)
+            elif not self._done(id(layer.bias_vector)):
+                self._bias(layer, role)
         missing = [n for key, n in self.names.items() if not self._done(key)]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"no rule covers the parameter(s) {', '.join(missing)}: declare them in "
                 "residual_branches(), classifier_layers() or standard_layers() of their module, "
                 "or pass them in keep="
@@ -295,31 +322,29 @@ class _Plan:
         return key in self.entries or key in self.kept
 
     def _drawn(self, layer: WeightLayer, role: str, **where: Any) -> None:
-        module, standard = layer.module, layer.standard or standard_of(layer.module)
+        weight, module = layer.parameter, layer.module
+        standard = layer.standard or standard_of(module)
         if standard is None:
-            raise ValueError(
+            raise UserError(
                 f"no standard initialisation is known for {type(module).__name__} "
-                f"({self.names[id(module.weight)]}): name one in its WeightLayer"
+                f"({self.names[id(weight)]}): name one in its WeightLayer"
             )
-        self._weight(module, standard, role, where)
-        self._bias(module, role)
-
-    def _weight(self, module: Any, standard: Standard, role: str, where: dict[str, Any]) -> None:
-        weight = module.weight
-        std = standard.std(module) * where.get("factor", 1.0)
+        std = standard.std(weight, module) * where.get("factor", 1.0)
         row = Row(self.names[id(weight)], role, std=std, standard=standard.name, **where)
         padding = getattr(module, "padding_idx", None)
         self._add(_Entry(weight, row, shape=standard.shape, zero_row=padding))
+        self._bias(layer, role)
 
-    def _zero(self, module: Any, role: str, **where: Any) -> None:
-        row = Row(self.names[id(module.weight)], role, std=0.0, **where)
-        self._add(_Entry(module.weight, row, constant=0.0))
-        self._bias(module, role)
+    def _zero(self, layer: WeightLayer, role: str, **where: Any) -> None:
+        row = Row(self.names[id(layer.parameter)], role, std=0.0, **where)
+        self._add(_Entry(layer.parameter, row, constant=0.0))
+        self._bias(layer, role)
 
-    def _bias(self, module: Any, role: str) -> None:
-        if getattr(module, "bias", None) is not None:
-            value = getattr(module, "initial_bias", 0.0)
-            self._constant(module.bias, f"{role} bias vector", value, value)
+    def _bias(self, layer: WeightLayer, role: str) -> None:
+        bias = layer.bias_vector
+        if bias is not None:
+            value = getattr(layer.module, "initial_bias", 0.0)
+            self._constant(bias, f"{role} bias vector", value, value)
 
     def _constant(self, parameter: Tensor, role: str, stored: float, value: float) -> None:
         row = Row(self.names[id(parameter)], role, std=0.0, value=value)
@@ -330,19 +355,11 @@ class _Plan:
         if key in self.kept:
             return
         if key in self.entries:
-            raise ValueError(
+            raise UserError(
                 f"{entry.row.name} would be written twice, as {self.entries[key].row.role} "
                 f"and as {entry.row.role}: declare it once"
             )
         self.entries[key] = entry
-
-
-def _embedding_of(model: nn.Module, classifier: nn.Module) -> nn.Module:
-    return next(
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module.weight is classifier.weight
-    )
 
 
 def _write_(entry: _Entry, generator: Generator | None) -> None:

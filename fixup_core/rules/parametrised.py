@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized
 
-from fixup_core.convert.attach import PackedWeight
 from fixup_core.errors import UserError, one_line
 
 
@@ -77,22 +76,13 @@ class Parametrised:
         return f"{self.path}.{name}" if self.path else name
 
 
-def parameters_of_weight(layer: Any) -> list[nn.Parameter]:
-    """What ``layer.weight`` is made of: itself, or the parameters that it is computed from."""
-    packed = isinstance(layer, PackedWeight)
-    module, name = (layer.module, layer.name) if packed else (layer, "weight")
-    if is_parametrized(module, name):
-        return list(module.parametrizations[name].parameters())
-    return [layer.weight]
-
-
 @contextlib.contextmanager
-def plain_weights(network: nn.Module) -> Iterator[list[Parametrised]]:
-    """Within this context the parametrised weights of ``network`` are ordinary parameters. After it
+def plain_weights(net: nn.Module) -> Iterator[list[Parametrised]]:
+    """Within this context the parametrised weights of ``net`` are ordinary parameters. After it
     they are computed again, from parameters that give what has been written; where it raises, from
     those that were there.
     """
-    found = [Parametrised(p, m) for p, m in network.named_modules() if is_parametrized(m)]
+    found = [Parametrised(p, m) for p, m in net.named_modules() if is_parametrized(m)]
     for one in found:
         one.off_()
     try:

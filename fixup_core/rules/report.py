@@ -36,16 +36,18 @@ class Row:
 
 
 @dataclass(frozen=True)
-class FixupReport:
-    """Everything ``fixup_init_`` wrote, in the order of the model's parameters.
+class InitReport:
+    """Everything an initialisation wrote, in the order of the network's parameters.
 
     Attributes:
-        num_branches: L, counted from the model.
+        num_branches: L, counted from the network.
         rows: One for each parameter.
+        method: Its name in the registry.
     """
 
     num_branches: int
     rows: tuple[Row, ...]
+    method: str = "fixup"
 
     def __str__(self) -> str:
         """A table of all weights (scalars are summed up in the last line)."""
@@ -89,8 +91,8 @@ class ConversionReport:
     Attributes:
         branches: In the order of the forward pass; their number is L.
         head: Names of the output layers' weights, which are 0.
-        removed: Paths of the normalisation layers that are no more.
-        constant: Those among them that are constants now (``calibrate=True``).
+        removed: Paths of the normalisation layers that were removed.
+        frozen: Those among them that stay as constants (``calibrate=True``).
         scalars: How many were added.
         kept: Names of the parameters that are as they were.
         notes: What a reader should know.
@@ -100,11 +102,11 @@ class ConversionReport:
     branches: tuple[ConvertedBranch, ...]
     head: tuple[str, ...]
     removed: tuple[str, ...]
-    constant: tuple[str, ...]
+    frozen: tuple[str, ...]
     scalars: int
     kept: tuple[str, ...]
     notes: tuple[str, ...]
-    init: FixupReport
+    init: InitReport
 
     @property
     def num_branches(self) -> int:
@@ -118,14 +120,14 @@ class ConversionReport:
         lines = [
             *_table([header, *rows]),
             f"L = {self.num_branches} residual branches; at 0: {', '.join(self.head) or 'no head'}",
-            f"{len(self.removed)} normalisation layers removed{self._constants()}, "
+            f"{len(self.removed)} normalisation layers removed{self._frozen()}, "
             f"{self.scalars} scalars added, {len(self.kept)} parameters kept as they were",
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
 
-    def _constants(self) -> str:
-        return f" ({len(self.constant)} are constants now)" if self.constant else ""
+    def _frozen(self) -> str:
+        return f" ({len(self.frozen)} are constants now)" if self.frozen else ""
 
 
 def _names(branch: ConvertedBranch) -> tuple[str, str]:

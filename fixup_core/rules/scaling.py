@@ -33,11 +33,6 @@ def branch_scale(num_branches: int, layers_per_branch: int) -> float:
     return num_branches ** (-1 / (2 * layers_per_branch - 2))
 
 
-def unit_scale(num_branches: int, layers_per_branch: int) -> float:
-    """The ablation of rule 2: no factor, whatever the depth."""
-    return 1.0
-
-
 def he_std(fan: int) -> float:
     """Standard deviation of He initialisation over a fan (He et al. 2015, equations 10 and 14).
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fixup_core.rules import scaling
 
@@ -28,22 +27,21 @@ class Standard:
 
     Attributes:
         name: As printed in reports.
-        std: The standard deviation for a module, before any factor.
+        std: The standard deviation of a weight, which lies in a module, before any factor.
         shape: "normal", "uniform" or "orthogonal".
     """
 
     name: str
-    std: Callable[[nn.Module], float]
+    std: Callable[[Tensor, nn.Module], float]
     shape: str = "normal"
 
 
-def fans(module: Any) -> tuple[int, int]:
-    """Fan-in and fan-out of a linear layer or convolution.
+def fans(weight: Tensor, module: nn.Module) -> tuple[int, int]:
+    """Fan-in and fan-out of a weight of a linear layer or convolution.
 
     The fan-out of a grouped convolution counts all output channels, as the authors' code does;
     its fan-in counts the channels of one group.
     """
-    weight = module.weight
     receptive = weight[0, 0].numel() if weight.dim() > 2 else 1
     outputs, inputs = weight.shape[:2]
     if isinstance(module, TRANSPOSED):
@@ -51,35 +49,35 @@ def fans(module: Any) -> tuple[int, int]:
     return inputs * receptive, outputs * receptive
 
 
-def _xavier(module: Any) -> float:
-    return scaling.xavier_std(*fans(module))
+def _xavier(weight: Tensor, module: nn.Module) -> float:
+    return scaling.xavier_std(*fans(weight, module))
 
 
-def _xavier_packed(module: Any) -> float:
-    fan_in, fan_out = fans(module)
+def _xavier_packed(weight: Tensor, module: nn.Module) -> float:
+    fan_in, fan_out = fans(weight, module)
     return scaling.xavier_std(fan_in, 3 * fan_out)
 
 
-def _he(module: Any) -> float:
-    fan_in, fan_out = fans(module)
+def _he(weight: Tensor, module: nn.Module) -> float:
+    fan_in, fan_out = fans(weight, module)
     return scaling.he_std(fan_in if isinstance(module, nn.Linear) else fan_out)
 
 
-def _he_per_group(module: Any) -> float:
+def _he_per_group(weight: Tensor, module: nn.Module) -> float:
     groups = 1 if isinstance(module, TRANSPOSED) else getattr(module, "groups", 1)
-    return scaling.he_std(fans(module)[1] // groups)
+    return scaling.he_std(fans(weight, module)[1] // groups)
 
 
-def _torch_default(module: Any) -> float:
-    return scaling.torch_default_std(fans(module)[0])
+def _torch_default(weight: Tensor, module: nn.Module) -> float:
+    return scaling.torch_default_std(fans(weight, module)[0])
 
 
-def _orthogonal(module: Any) -> float:
-    return scaling.orthogonal_std(*module.weight.flatten(1).shape)
+def _orthogonal(weight: Tensor, module: nn.Module) -> float:
+    return scaling.orthogonal_std(*weight.flatten(1).shape)
 
 
-def _embedding(module: Any) -> float:
-    return scaling.embedding_std(module.weight.shape[1])
+def _embedding(weight: Tensor, module: nn.Module) -> float:
+    return scaling.embedding_std(weight.shape[1])
 
 
 HE_NORMAL = Standard("He normal", _he)

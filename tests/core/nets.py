@@ -1,12 +1,37 @@
-"""Small networks that declare their residual branches."""
+"""Small networks that declare their residual branches, and methods that break the rules."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from fixup_core import ResidualBranch, ScalarBias, ScalarMultiplier, WeightLayer
+from fixup_core import (
+    METHODS,
+    Method,
+    ResidualBranch,
+    ScalarBias,
+    ScalarMultiplier,
+    WeightLayer,
+)
 from fixup_core.rules.standards import TORCH_DEFAULT
+
+
+def unit_scale(num_branches: int, m: int) -> float:
+    """No factor: the negative twin of rule 2."""
+    return 1.0
+
+
+def method_of(rule: Callable[[int, int], float], *, zero: bool = True) -> Method:
+    """Fixup with another factor, ``rule(L, m)``; without ``zero`` also without rule 1."""
+    return replace(
+        METHODS["fixup"],
+        factor=lambda place: rule(place.num_branches, place.branch.layers_per_branch),
+        zero_last=zero,
+        zero_head=zero,
+    )
 
 
 class MlpBlock(nn.Module):
@@ -74,7 +99,7 @@ class ConvNet(nn.Module):
         self.fc = nn.Linear(width, 10)
 
     def standard_layers(self):
-        yield WeightLayer(self.stem, TORCH_DEFAULT)
+        yield WeightLayer(self.stem, standard=TORCH_DEFAULT)
 
     def classifier_layers(self):
         yield self.fc

@@ -25,13 +25,14 @@ from fixup_core import (
     param_groups,
     scalars,
 )
-from fixup_core.convert.attach import BEFORE, Constant, NoNorm
+from fixup_core.convert.attach import BEFORE
 from fixup_core.errors import UserError
 from fixup_core.measure.depth import branch_weights
+from fixup_core.rules.frozen import FrozenNorm, RemovedNorm
 from fixup_core.rules.init import draw_zero_heads_
-from fixup_core.rules.scaling import unit_scale
 from fixup_core.rules.standards import NORMS
 from tests.core.foreign import GatedMlp, PreActivation, Separable
+from tests.core.nets import method_of, unit_scale
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -158,7 +159,7 @@ def test_scalars_stand_where_the_authors_have_them() -> None:
     s = {n: p for n, p in net.named_parameters() if p.shape == (1,)}
     assert len(s) == 6  # b1a, b1b, b2a, the multiplier, b2b, and the head's
     h = F.conv2d(IMAGES + s["conv1.fixup_before.weight"], net.conv1.weight, padding=1)
-    h = F.relu(h + s["bn1.shift.weight"]) + s["conv2.fixup_before.weight"]
+    h = F.relu(h + s["bn1.scalar_bias.weight"]) + s["conv2.fixup_before.weight"]
     h = F.conv2d(h, net.conv2.weight, padding=1) * s["conv2.fixup_multiplier.weight"]
     h = F.relu(h + s["conv2.fixup_after.weight"] + IMAGES).mean((2, 3))
     logits = net.fc(h)  # the hook adds the head's bias
@@ -224,7 +225,7 @@ def test_the_weights_of_the_original_load_by_name() -> None:
     original, net = PreActivation(), PreActivation()
     fixup_(net, example_inputs=IMAGES, verbose=False)
     missing, unexpected = net.load_state_dict(original.state_dict(), strict=False)
-    assert all("fixup_" in name or ".shift." in name for name in missing)
+    assert all("fixup_" in name or ".scalar_bias." in name for name in missing)
     assert all(name.startswith("norm") for name in unexpected)
     assert torch.equal(net.convs[0].weight, original.convs[0].weight)
 
@@ -268,9 +269,9 @@ def test_norms_can_be_kept() -> None:
 def test_a_norm_with_an_activation_in_it_keeps_that() -> None:
     norm = nn.BatchNorm2d(3)
     norm.act = nn.ReLU()
-    empty = NoNorm(norm, shifted=True)
+    empty = RemovedNorm(norm, biased=True)
     with torch.no_grad():
-        empty.shift.weight.fill_(-0.5)
+        empty.scalar_bias.weight.fill_(-0.5)
     torch.testing.assert_close(empty(IMAGES), F.relu(IMAGES - 0.5))
 
 
@@ -279,7 +280,9 @@ def test_another_rule_and_a_generator() -> None:
     nets[1].load_state_dict(nets[0].state_dict())
     for net, rule in zip(nets, (lambda L, m: 1.0, lambda L, m: 0.25), strict=True):
         generator = torch.Generator().manual_seed(3)
-        fixup_(net, example_inputs=IMAGES, rule=rule, generator=generator, verbose=False)
+        fixup_(
+            net, example_inputs=IMAGES, method=method_of(rule), generator=generator, verbose=False
+        )
     torch.testing.assert_close(nets[0].layers[0].v.weight, 4 * nets[1].layers[0].v.weight)
 
 
@@ -300,8 +303,8 @@ def test_what_norms_did_to_a_batch_is_kept(name: str) -> None:
     report = fixup_(net, example_inputs=3 * IMAGES + 2, calibrate=True, verbose=False)
     assert f"({len(CONSTANT[name])} are constants now)" in str(report)
     state = torch.get_rng_state()
-    constants = {p.rpartition(".")[0]: m for p, m in net.named_modules() if type(m) is Constant}
-    assert set(constants) == set(report.constant) == CONSTANT[name]
+    constants = {p.rpartition(".")[0]: m for p, m in net.named_modules() if type(m) is FrozenNorm}
+    assert set(constants) == set(report.frozen) == CONSTANT[name]
     seen: dict[str, Tensor] = {}
 
     def look(path: str) -> Any:
@@ -339,35 +342,35 @@ class Small(nn.Module):
 def test_a_branch_has_back_what_its_input_was_divided_by() -> None:
     net = Small()
     report = fixup_(net, example_inputs=IMAGES, calibrate=True, verbose=False)
-    assert set(report.constant) == {"norm", "norm_q", "norm_head"}  # none behind a layer or head
+    assert set(report.frozen) == {"norm", "norm_q", "norm_head"}  # none behind a layer or head
     size = 0.01 * IMAGES.flatten(2)[..., :8].std(correction=0)
     for last in (net.o, net.down):
         assert last.fixup_multiplier.value().item() == pytest.approx(size.item(), rel=0.1)
-    assert net.norm.constant.scale.item() == pytest.approx(1 / size.item(), rel=0.1)
+    assert net.norm.frozen.scale.item() == pytest.approx(1 / size.item(), rel=0.1)
     assert net(IMAGES).abs().max() == 0
     fixup_init_(net)
-    assert net.norm.constant.scale == 1 and net.o.fixup_multiplier.value() == 1
+    assert net.norm.frozen.scale == 1 and net.o.fixup_multiplier.value() == 1
 
 
 def test_a_norm_with_two_names_becomes_one_constant() -> None:
     net = Small()
     net.also = net.norm
     fixup_(net, example_inputs=IMAGES, calibrate=True, verbose=False)
-    assert net.also is net.norm and net.norm.constant.scale > 50
+    assert net.also is net.norm and net.norm.frozen.scale > 50
 
 
 def test_a_signal_that_is_not_there_is_not_magnified() -> None:
     net = nn.Sequential(nn.BatchNorm2d(3), Basic())
     images = IMAGES * torch.tensor([1.0, 0.0, 1.0])[:, None, None]
     fixup_(net, example_inputs=images, calibrate=True, verbose=False)
-    assert net[0].constant.scale[1] == 1
+    assert net[0].frozen.scale[1] == 1
 
 
 def test_named_branches_have_their_biases_set_alone() -> None:
     net = PreActivation(depth=1)
     options: Any = {"branches": {"block": ["convs.0", "convs.1"]}, "head": "fc"}
     report = fixup_(net, example_inputs=3 + IMAGES, calibrate=True, verbose=False, **options)
-    assert not report.constant and "the batch set biases alone" in str(report)
+    assert not report.frozen and "the batch set biases alone" in str(report)
     assert net.convs[0].fixup_before.value() != 0
 
 
@@ -377,7 +380,7 @@ def test_the_constant_of_a_batch_norm_is_each_channels_own() -> None:
     net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), net)
     before = copy.deepcopy(net)
     fixup_(net, example_inputs=IMAGES, calibrate=True, verbose=False)
-    assert net[1].constant.scale.shape == (3,)
+    assert net[1].frozen.scale.shape == (3,)
     torch.testing.assert_close(net[:2](IMAGES), before[:2](IMAGES), rtol=1e-4, atol=1e-5)
 
 
@@ -543,7 +546,7 @@ REFUSED = {
     _nested: "holds other residual branches",
     _side_by_side: "side by side",
     _uncovered: r"no rule covers lstm.*allow=\[",
-    _norm_by_function: "normalises by a function.*norms=",
+    _norm_by_function: "normalises by a function.*norm_types=",
 }
 
 
@@ -630,7 +633,7 @@ def test_a_users_hook_can_be_removed_after_a_refusal(monkeypatch: pytest.MonkeyP
     net, called = PreActivation(), []
     handle = net.stem.register_forward_hook(lambda *_: called.append(1))
     monkeypatch.setattr("fixup_core.convert.convert._report", lambda *_: 1 / 0)
-    monkeypatch.setattr("fixup_core.convert.convert.fixup_init_", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("fixup_core.convert.convert.initialise_", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fixup_(net, example_inputs=IMAGES, verbose=False)
     handle.remove()
@@ -685,7 +688,7 @@ def test_a_failure_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise UserError("halfway")
 
-    monkeypatch.setattr("fixup_core.convert.convert.fixup_init_", fail)
+    monkeypatch.setattr("fixup_core.convert.convert.initialise_", fail)
     _left_alone(PreActivation(), "halfway", example_inputs=IMAGES)
 
 
@@ -833,7 +836,9 @@ def _converted(
 ) -> Callable[[int], nn.Module]:
     def make_net(depth: int) -> nn.Module:
         net = make(depth)
-        fixup_(net, example_inputs=IMAGES, rule=rule, calibrate=calibrate, verbose=False)
+        fixup_(
+            net, example_inputs=IMAGES, method=method_of(rule), calibrate=calibrate, verbose=False
+        )
         return net
 
     return make_net

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from fixup_core import branch_scale
 from fixup_core.__main__ import main
-from fixup_core.rules.scaling import branch_scale, unit_scale
 from tests.core.measure.test_depth import FAST, DeepNet, inverse, maker, one_layer_more, squared
+from tests.core.nets import unit_scale
 
 HERE = "tests.core.measure.test_check"
 RULES = {
@@ -23,14 +24,14 @@ RULES = {
 }
 
 
-def net(rule: str = "fixup") -> dict:
+def net(method: str = "fixup") -> dict:
     """Branches of m = 2."""
-    return {"make_net": maker(rule=RULES[rule]), **FAST}
+    return {"make_net": maker(rule=RULES[method]), **FAST}
 
 
-def deep_net(rule: str = "fixup") -> dict:
+def deep_net(method: str = "fixup") -> dict:
     """Branches of m = 3."""
-    return {"make_net": maker(DeepNet, RULES[rule]), **FAST}
+    return {"make_net": maker(DeepNet, RULES[method]), **FAST}
 
 
 def without_rules() -> dict:
@@ -57,13 +58,13 @@ def test_flat_ends_with_0_and_growing_with_1(capsys: pytest.CaptureFixture) -> N
     assert [line.split(":")[0] for line in err.splitlines()] == [
         f"depth {depth}" for depth in FAST["depths"]
     ]
-    assert main(["check", f"{HERE}:net", "--rule", "no_factor"]) == 1
+    assert main(["check", f"{HERE}:net", "--method", "no_factor"]) == 1
     assert capsys.readouterr().out.splitlines()[-1].endswith(": growing")
 
 
 def test_several_rules_in_one_figure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     figure = tmp_path / "depth.png"
-    flags = ("--rule", "fixup", "no_factor", "--plot", str(figure), "--json")
+    flags = ("--method", "fixup", "no_factor", "--plot", str(figure), "--json")
     assert main(["check", f"{HERE}:net", *flags]) == 1
     found = json.loads(capsys.readouterr().out)
     assert {name: check["verdict"] for name, check in found.items()} == {
@@ -96,7 +97,7 @@ def test_json_has_no_infinite_numbers(capsys: pytest.CaptureFixture) -> None:
         (("no.where:net",), "No module named 'no'"),
         ((f"{HERE}:nowhere",), "has no attribute 'nowhere'"),
         ((f"{HERE}:nothing",), "must return a dictionary with make_net and batch"),
-        ((f"{HERE}:without_rules", "--rule", "fixup"), "takes no rule"),
+        ((f"{HERE}:without_rules", "--method", "fixup"), "takes no method"),
         ((f"{HERE}:net", "--depths", "4", "8"), "three different depths"),
         ((f"{HERE}:net", "--moved", "all", "--branches", "mlp"), "not both"),
         ((f"{HERE}:net", "--branches", "attn"), "no branch whose name ends with 'attn'"),

@@ -20,13 +20,12 @@ from fixup_core import (
     branch_weights,
     collect_branches,
     depth_check,
-    fixup_init_,
+    initialise_,
     plot_depth_checks,
 )
 from fixup_core.errors import UserError
 from fixup_core.measure import depth as module
-from fixup_core.rules.scaling import unit_scale
-from tests.core.nets import Mlp
+from tests.core.nets import Mlp, method_of, unit_scale
 
 GENERATOR = torch.Generator().manual_seed(0)
 BATCH = torch.randn(16, 8, generator=GENERATOR), torch.arange(16) % 5
@@ -91,7 +90,7 @@ def mlp(depth: int) -> nn.Module:
 def maker(kind=mlp, rule=branch_scale, **options):
     def make_net(depth: int) -> nn.Module:
         net = kind(depth)
-        fixup_init_(net, rule=rule, **options)
+        initialise_(net, method_of(rule, **options))
         return net
 
     return make_net

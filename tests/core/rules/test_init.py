@@ -16,10 +16,10 @@ from fixup_core import (
     branch_scale,
     collect_branches,
     fixup_init_,
+    initialise_,
     scalars,
 )
-from fixup_core.rules.scaling import unit_scale
-from tests.core.nets import Bottleneck, ConvNet, Mlp
+from tests.core.nets import Bottleneck, ConvNet, Mlp, method_of, unit_scale
 
 
 def _weights(report, role):
@@ -180,7 +180,7 @@ def _update_size(depth: int, rule, seed: int) -> float:
     """Change of the function after one small step on the blocks' weights, with a random head."""
     torch.manual_seed(seed)
     net = Mlp(depth, width=32).double()
-    fixup_init_(net, rule=rule)
+    initialise_(net, method_of(rule))
     with torch.no_grad():
         net.head.weight.normal_(0, 32**-0.5)
         if rule is unit_scale:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from fixup_core.rules.scaling import branch_scale, unit_scale
+from fixup_core.rules.scaling import branch_scale
+from tests.core.nets import unit_scale
 
 DEPTHS = [1, 2, 12, 30, 5000]
 
