@@ -5,7 +5,7 @@ training step (forward, loss, backward), for inference, and in float32 and bfloa
 in channels_last:
 
 - ``bare``: the same network without normalisation and without scalars;
-- ``Fixup``: scalars carried (``fixup_core.fuse.ops``); ``folded``: by ``fixup_core.fuse.fold``;
+- ``Fixup``: scalars fused (``fixup_core.fuse.ops``); ``folded``: by ``fixup_core.fuse.fold``;
 - ``Fixup, plain``: every scalar a pass over its tensor, as the authors' code has it;
 - ``BatchNorm``.
 

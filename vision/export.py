@@ -59,8 +59,8 @@ def export(checkpoint: Path, output: Path = Path("model.onnx")) -> None:
 
 def plain_network(net: Any) -> nn.Module:
     """The network in evaluation; without scalars where they can be folded."""
-    carriable = getattr(net, "carriable", None)
-    plain = fold(net) if carriable and carriable() else net.eval()
+    fusable = getattr(net, "fusable", None)
+    plain = fold(net) if fusable and fusable() else net.eval()
     return plain.to(memory_format=torch.contiguous_format)
 
 

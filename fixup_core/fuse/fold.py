@@ -1,6 +1,6 @@
 """Networks without scalars, for inference: everything folded into weights and biases.
 
-The carried route (``fixup_core.fuse.ops``) with its constants written down for good: a convolution
+The fused route (``fixup_core.fuse.ops``) with its constants written down for good: a convolution
 takes the multiplier into its weight and all biases around it into its bias, an activation becomes a
 floor. Zero padding stays right at the border of an image: the convolution sees what it saw.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fixup_core.errors import UserError
 from fixup_core.fuse import ops
-from fixup_core.fuse.ops import Around
+from fixup_core.fuse.ops import ActivationScalars
 
 
 class Floor(nn.Module):
@@ -44,11 +44,11 @@ class Floor(nn.Module):
         return f"{self.floor:g}"
 
 
-def fold(network: nn.Module) -> nn.Module:
-    """A plain network with the outputs of ``network`` in evaluation, up to rounding.
+def fold(net: nn.Module) -> nn.Module:
+    """A plain network with the outputs of ``net`` in evaluation, up to rounding.
 
     Args:
-        network: One that has a ``folded()`` method: those of ``vision.nets``, and any that builds
+        net: One that has a ``folded()`` method: those of ``vision.nets``, and any that builds
             one of ``folded_convolution`` and ``Floor``. It is left as it is.
 
     Returns:
@@ -57,10 +57,10 @@ def fold(network: nn.Module) -> nn.Module:
     Raises:
         UserError: The network has no such method, or something in it that cannot be folded.
     """
-    make: Any = getattr(network, "folded", None)
+    make: Any = getattr(net, "folded", None)
     if make is None:
         raise UserError(
-            f"{type(network).__name__} cannot be folded: give it a folded() method that builds the "
+            f"{type(net).__name__} cannot be folded: give it a folded() method that builds the "
             "plain network (fixup_core/fuse/fold.py)"
         )
     with torch.no_grad():
@@ -68,23 +68,25 @@ def fold(network: nn.Module) -> nn.Module:
     return plain.eval().requires_grad_(False)
 
 
-def floor_of(around: Around) -> nn.Module:
+def floor_of(scalars: ActivationScalars) -> nn.Module:
     """The activation among the scalars; nothing where there is none."""
-    return Floor(float(around.after)) if around.relu else nn.Identity()
+    return Floor(float(scalars.after)) if scalars.relu else nn.Identity()
 
 
-def folded_convolution(conv: nn.Conv2d, around: Around, scale: ops.Number = 1.0) -> nn.Conv2d:
+def folded_convolution(
+    conv: nn.Conv2d, scalars: ActivationScalars, scale: ops.Number = 1.0
+) -> nn.Conv2d:
     """A convolution with the multiplier behind it and the biases around it.
 
     Args:
         conv: With zero padding.
-        around: The scalars that follow; its floor is not part of the convolution.
+        scalars: Those that follow; its floor is not part of the convolution.
         scale: The multiplier.
     """
     plain = copy.deepcopy(conv)
     zero = conv.weight.new_zeros(conv.out_channels)
     bias = zero if conv.bias is None else conv.bias * scale
-    added = ops.constant(around.before, around.after, -around.carried)
+    added = ops.constant(scalars.before, scalars.after, -scalars.on_shortcut)
     plain.weight = nn.Parameter(conv.weight * scale)
     plain.bias = nn.Parameter(bias + added)
     return plain

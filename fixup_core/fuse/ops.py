@@ -1,4 +1,4 @@
-"""Weight layers that carry the scalars of rule 3, so that these cost no pass over a tensor.
+"""Fused scalars: they ride in the weight layers' own weights and biases and cost no pass.
 
 A scalar added before an activation joins the bias of the layer before it, one added behind the
 activation joins it too and moves the activation's floor, a multiplier joins the weight::
@@ -7,16 +7,16 @@ activation joins it too and moves the activation's floor, a multiplier joins the
         == max(layer(x, scale * weight) + (before + after), after)
 
 A block that receives its input with its first bias already added, and returns its output with the
-next block's, needs nothing else; where it adds its input to the branch, it takes the bias that the
-input carries off again, by the same constant. On the way such a bias is a plain number: it gets its
-gradient where it is used, by ``entered`` or ``activation``.
+next block's, needs nothing else. Where it adds its input to the branch, it subtracts that bias
+again, as a constant. On the way such a bias is a plain number: it gets its gradient where it is
+used, by ``use_fused_bias`` or ``activation``.
 
 The layer itself stays PyTorch's own, with a constant vector for its bias. What follows it is one
 function that works in place and keeps its output alone, as a ReLU does; its backward pass takes the
 gradients of the scalars, two sums, on the way.
 
 Two routes give the same numbers up to rounding: the modules' own forward passes (*plain*), and the
-ones made of these functions (*carried*), which a network takes while ``carries(network)`` holds.
+ones made of these functions (*fused*), which a network takes while ``may_fuse(net)`` holds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _plain = contextvars.ContextVar("fixup_plain_route", default=os.environ.get("FIX
 def plain_route() -> Iterator[None]:
     """Within this context every network computes its scalars one by one, as the method has them.
 
-    For comparison, and for what the carried route cannot do: derivatives of second order, and in
+    For comparison, and for what the fused route cannot do: derivatives of second order, and in
     forward mode. The environment variable ``FIXUP_PLAIN=1`` does the same for a whole process.
     """
     token = _plain.set(True)
@@ -65,21 +65,21 @@ def plain_route() -> Iterator[None]:
         _plain.reset(token)
 
 
-def carries(network: nn.Module) -> bool:
-    """Whether ``network`` may carry its scalars: nobody wants the plain route, nobody listens to a
-    module in it, which the carried route would not call, and nobody records what is called.
+def may_fuse(net: nn.Module) -> bool:
+    """Whether ``net`` may take the fused route now: nobody asks for the plain one, no hook hangs on
+    a module that the fused route would not call, and no tracer records what is called.
     """
     recorded = torch.jit.is_tracing() or is_fx_tracing()
-    heard = any(GLOBAL_HOOKS) or any(map(_is_watched, network.modules()))
-    return not (_plain.get() or recorded or heard)
+    hooked = any(GLOBAL_HOOKS) or any(map(_has_hooks, net.modules()))
+    return not (_plain.get() or recorded or hooked)
 
 
-def carriable(
+def fusable(
     convolutions: Iterable[nn.Module],
     scalars: Iterable[nn.Module],
     activations: Iterable[nn.Module] = (),
 ) -> bool:
-    """Whether a block is made of what can be carried: convolutions with zero padding, scalars or
+    """Whether a block is made of what can be fused: convolutions with zero padding, scalars or
     nothing in their places, ReLUs. Anything else that stands there has a forward pass of its own.
     """
     return (
@@ -94,26 +94,26 @@ def value_of(module: nn.Module, otherwise: float = 0.0) -> Number:
     return module.value() if isinstance(module, Scalar) else otherwise
 
 
-class Around(NamedTuple):
-    """The scalars around an activation: ``relu(x + before + (shortcut - carried)) + after``.
+class ActivationScalars(NamedTuple):
+    """The scalars at an activation: ``relu(x + before + (shortcut - on_shortcut)) + after``.
 
     Attributes:
         before: Added before the activation.
         after: Added behind it; a constant where it is added for the next block.
-        carried: What the shortcut carries: a constant.
+        on_shortcut: The constant that the shortcut holds already.
         relu: Whether there is an activation.
     """
 
     before: Number = 0.0
     after: Number = 0.0
-    carried: Number = 0.0
+    on_shortcut: Number = 0.0
     relu: bool = True
 
 
 def convolution(
     conv: nn.Conv2d,
     x: Tensor,
-    around: Around,
+    scalars: ActivationScalars,
     *,
     scale: Number = 1.0,
     shortcut: Tensor | None = None,
@@ -123,24 +123,24 @@ def convolution(
     Args:
         conv: With zero padding.
         x: [B, C, H, W].
-        around: The scalars that follow.
+        scalars: Those that follow.
         scale: The multiplier behind the convolution.
         shortcut: Of the output's shape.
     """
     weight, bias = conv.weight, conv.bias
     if not (isinstance(scale, float) and scale == 1.0):
         weight, bias = weight * scale, None if bias is None else bias * scale
-    bias = constant_bias(weight, bias, around)
+    bias = constant_bias(weight, bias, scalars)
     out = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return finish(out, around, shortcut)
+    return finish(out, scalars, shortcut)
 
 
-def constant_bias(weight: Tensor, bias: Tensor | None, around: Around) -> Tensor | None:
+def constant_bias(weight: Tensor, bias: Tensor | None, scalars: ActivationScalars) -> Tensor | None:
     """The bias vector with which a layer of that weight is ready for ``finish``, which gives the
     scalars their gradient; a traced layer does so itself.
     """
-    before, after, carried, _ = around
-    added = before + after - carried if _is_traced() else constant(before, after, -carried)
+    before, after, on_shortcut, _ = scalars
+    added = before + after - on_shortcut if _is_traced() else constant(before, after, -on_shortcut)
     if isinstance(added, float):
         if bias is None:
             return weight.new_full(weight.shape[:1], added) if added else None
@@ -150,18 +150,18 @@ def constant_bias(weight: Tensor, bias: Tensor | None, around: Around) -> Tensor
     return bias + added
 
 
-def finish(out: Tensor, around: Around, shortcut: Tensor | None = None) -> Tensor:
+def finish(out: Tensor, scalars: ActivationScalars, shortcut: Tensor | None = None) -> Tensor:
     """What follows a layer: ``max(out + shortcut, after)``.
 
     Args:
         out: Of the layer with its ``constant_bias``; it is overwritten.
-        around: The scalars.
+        scalars: Those that follow.
         shortcut: Of the same shape.
     """
     if not _is_traced():
-        return _Finish.apply(out, shortcut, *around)
+        return _Finish.apply(out, shortcut, *scalars)
     out = out if shortcut is None else out + shortcut
-    return _floored(out, around.after) if around.relu else out
+    return _floored(out, scalars.after) if scalars.relu else out
 
 
 def constant(*scalars: Number) -> Number:
@@ -172,18 +172,18 @@ def constant(*scalars: Number) -> Number:
     return sum(map(_number, scalars))
 
 
-def entered(h: Tensor, shift: Number) -> Tensor:
-    """``h``, which carries ``shift``, where ``shift`` is used: gives it its gradient."""
-    if not isinstance(shift, Tensor):
+def use_fused_bias(h: Tensor, bias: Number) -> Tensor:
+    """``h``, to which ``bias`` was added as a constant, where the bias is used: its gradient."""
+    if not isinstance(bias, Tensor):
         return h
-    return h + (shift - shift.detach()) if _is_traced() else _Entered.apply(h, shift)
+    return h + (bias - bias.detach()) if _is_traced() else _FusedBias.apply(h, bias)
 
 
 def activation(h: Tensor, before: Number, after: Number) -> Tensor:
-    """``relu(x + before) + after`` of an ``h`` that is ``x`` and carries both."""
+    """``relu(x + before) + after`` of an ``h`` that is ``x + before + after``."""
     if not _is_traced():
         return _Activation.apply(h, before, after)
-    return _floored(entered(h, before), after)
+    return _floored(use_fused_bias(h, before), after)
 
 
 class _Finish(torch.autograd.Function):
@@ -194,7 +194,7 @@ class _Finish(torch.autograd.Function):
         shortcut: Tensor | None,
         before: Number,
         after: Number,
-        carried: Number,
+        on_shortcut: Number,
         relu: bool,
     ) -> Tensor:
         # In place, half precision takes longer on the CPU: its convolutions are so fast that they
@@ -225,9 +225,9 @@ class _Finish(torch.autograd.Function):
         )
 
 
-class _Entered(torch.autograd.Function):
+class _FusedBias(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, shift: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, bias: Tensor) -> Tensor:
         return h.view_as(h)
 
     @staticmethod
@@ -294,7 +294,7 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
 
 
-def _is_watched(module: nn.Module) -> bool:
+def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -1,7 +1,8 @@
-"""The residual block and its shortcuts. Tensors are [B, C, H, W].
+"""The residual blocks and their shortcuts. Tensors are [B, C, H, W].
 
-One block serves every network: basic and bottleneck, with and without normalisation, post- and
-pre-activation. What differs comes in as a ``Method`` and a ``Design``.
+Basic or bottleneck, with whatever norms or scalars a ``Method`` brings. ``PostBlock`` has its
+activation behind the addition, ``PreBlock`` before each convolution; each also without a shortcut,
+for plain networks. What a block shares with its network comes in as a ``Design``.
 """
 
 from __future__ import annotations
@@ -15,13 +16,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fixup_core import ResidualBranch, WeightLayer
+from fixup_core import Method, Residual, ResidualBranch, WeightLayer
 from fixup_core.errors import UserError
 from fixup_core.fuse import ops
 from fixup_core.fuse.fold import Floor, floor_of, folded_convolution
-from fixup_core.fuse.ops import Around
+from fixup_core.fuse.ops import ActivationScalars
+from fixup_core.rules.standards import NORMS
 from vision.nets.folded import FoldedBlock
-from vision.nets.methods import Method, make_activation
+from vision.nets.network import (
+    after_projection,
+    before_activation,
+    make_activation,
+    rename_keys_,
+)
 
 ORDERS = ("post", "pre")
 SHORTCUTS = ("A", "B", "C", "none")
@@ -32,7 +39,7 @@ class Design:
     """What all blocks of a network share.
 
     Attributes:
-        method: Norms, scalars, initialisation.
+        method: Norms, scalars, initialisation: a record of the registry.
         shortcut: He et al. 2015, section 4.1: "A" identity, strided, with zero channels; "B"
             projection where the shape changes; "C" projection everywhere; "none" a plain network.
         order: "post": the activation follows the addition (He et al. 2015). "pre": norm and
@@ -60,7 +67,8 @@ class Design:
         return [(inputs, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)]
 
     def convolution(self, inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
-        return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=self.method.vectors)
+        bias = self.method.bias_vectors
+        return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
 
 
 class Subsample(nn.Module):
@@ -86,7 +94,7 @@ class Projection(nn.Module):
         super().__init__()
         self.conv = design.convolution(inputs, outputs, 1, stride)
         post = design.order == "post"
-        self.norm = design.method.after_projection(outputs) if post else nn.Identity()
+        self.norm = after_projection(design.method, outputs) if post else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
@@ -109,121 +117,64 @@ def make_shortcut(design: Design, inputs: int, outputs: int, stride: int) -> nn.
 
 
 class Block(nn.Module):
-    """One residual branch and its shortcut.
-
-    ``shifts`` stand before the convolutions, ``norms`` before the activations: with Fixup both
-    are scalar biases, with normalisation the shifts are nothing. In post order the last norm
-    stands before the activation that follows the addition.
+    """One residual branch and its shortcut: what both orders share.
 
     Args:
         design: What the network's blocks share.
         inputs: Channels of the input.
         width: Channels of the 3x3 convolutions.
         stride: Of the first 3x3 convolution, and of the shortcut.
+
+    Attributes:
+        convs: The branch's convolutions.
+        before_convs: What stands before each: a scalar bias or nothing.
+        before_acts: What stands before the activations within the branch: norms, scalar biases or
+            nothing.
+        residual: Where the branch joins the shortcut.
     """
+
+    convs: Any
+    before_convs: Any
+    before_acts: Any
 
     def __init__(self, design: Design, inputs: int, width: int, stride: int) -> None:
         super().__init__()
         method, shapes = design.method, design.shapes(inputs, width, stride)
-        self.post, self.plain = design.order == "post", design.shortcut == "none"
         self.changes_shape = stride != 1 or inputs != shapes[-1][1]
         self.skips_branch = False
-        self.normalised = method.norm is not None
         self.convs = nn.ModuleList(design.convolution(*shape) for shape in shapes)
-        self.shifts = nn.ModuleList(method.before_weights() for _ in shapes)
-        channels = [shape[1 if self.post else 0] for shape in shapes]
-        self.norms = nn.ModuleList(method.before_activation(c) for c in channels)
-        self.multiplier = method.end_of_branch()
+        self.before_convs = nn.ModuleList(method.make_bias() for _ in shapes)
+        inner, end = self.parts(method, shapes)
+        self.before_acts = nn.ModuleList(inner)
+        self.residual = Residual(multiplier=method.make_multiplier(), end=end)
         self.shortcut = make_shortcut(design, inputs, shapes[-1][1], stride)
         self.activation = make_activation(design.activation)
         self.dropout = nn.Dropout(design.dropout)
 
+    def parts(self, method: Method, shapes: Any) -> tuple[list[nn.Module], nn.Module]:
+        """What stands before the branch's inner activations, and what ends the branch."""
+        raise NotImplementedError
+
     def residual_branches(self) -> Iterator[ResidualBranch]:
-        """M = 2, or 3 in a bottleneck; a plain block has none."""
-        if not self.plain:
-            yield ResidualBranch("branch", tuple(WeightLayer(conv) for conv in self.convs))
+        """M = 2, or 3 in a bottleneck."""
+        layers = tuple(WeightLayer(conv, role="conv") for conv in self.convs)
+        yield ResidualBranch("branch", layers)
 
     def last_norms(self) -> Iterator[nn.Module]:
         """The normalisation behind the branch's last convolution, which only post order has."""
-        if self.post and not self.plain and self.normalised:
-            yield self.norms[-1]
+        if isinstance(self.residual.end, NORMS):
+            yield self.residual.end
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.skips_branch and self.plain:
-            return x
-        if self.skips_branch:
-            out = self.skip(x, self._into(0, x))
-            return self.activation(out) if self.post else out
-        shifted, out = self.branch(x)
-        out = out if self.plain else out + self.skip(x, shifted)
-        return self.activation(out) if self.post else out
-
-    def carriable(self) -> bool:
-        """Whether the block is still what it was built as, and made of what can be carried."""
-        scalars = (*self.norms, *self.shifts, self.multiplier)
-        own = type(self) is Block and not self.plain
-        return own and ops.carriable(self.convs, scalars, [self.activation])
-
-    def entry(self) -> ops.Number:
-        """What the carried route has added to the block's input already: a constant."""
-        scalars = self.shifts[:1] if self.post else (self.norms[0], self.shifts[0])
-        return ops.constant(*map(ops.value_of, scalars))
-
-    def carried(self, h: Tensor, entry: ops.Number, following: ops.Number) -> Tensor:
-        """The forward pass with the scalars carried along (``fixup_core.fuse.ops``).
-
-        Args:
-            h: The input plus ``entry``, this block's own.
-            entry: What ``h`` carries.
-            following: The next block's entry.
-
-        Returns:
-            The output plus ``following``.
+    def skip(self, x: Tensor, entering: Tensor) -> Tensor:
+        """The shortcut. Where the shape changes it takes what enters the first convolution: the
+        biased input, as in the authors' code, or, in pre order, the activated one, as in He et al.
+        2016.
         """
-        shift = ops.value_of(self.shifts[0])
-        if self.post:
-            first = out = ops.entered(h, shift)
-        else:
-            first = out = ops.activation(h, ops.value_of(self.norms[0]), shift)
-        *inner, last = self._around(entry, following)
-        convs: list[Any] = list(self.convs)
-        for conv, around in zip(convs[:-1], inner, strict=True):
-            out = ops.convolution(conv, out, around)
-        return ops.convolution(
-            convs[-1],
-            self.dropout(out),
-            last,
-            scale=ops.value_of(self.multiplier, 1.0),
-            shortcut=h if self.shortcut is None else self.shortcut(first),
-        )
-
-    def _around(self, entry: ops.Number, following: ops.Number) -> list[Around]:
-        """The scalars behind each convolution."""
-        before = [ops.value_of(norm) for norm in self.norms]
-        after = [ops.value_of(shift) for shift in self.shifts]
-        before = before if self.post else [*before[1:], 0.0]
-        carried = entry if self.shortcut is None else 0.0
-        inner = map(Around, before[:-1], after[1:])
-        return [*inner, Around(before[-1], following, carried, relu=self.post)]
-
-    def folded(self, entry: ops.Number, following: ops.Number) -> nn.Module:
-        """``carried`` for good: a block without scalars."""
-        around = self._around(entry, following)
-        enter: nn.Module = nn.Identity()
-        if not self.post:
-            enter = Floor(float(ops.value_of(self.shifts[0])))
-        scales = [*[1.0] * (len(around) - 1), ops.value_of(self.multiplier, 1.0)]
-        convs: list[Any] = list(self.convs)
-        return FoldedBlock(
-            enter,
-            [folded_convolution(*each) for each in zip(convs, around, scales, strict=True)],
-            [floor_of(each) for each in around],
-            copy.deepcopy(self.shortcut),
-        )
+        return x if self.shortcut is None else self.shortcut(entering)
 
     def left_out_is_defined(self) -> bool:
         """Whether something of the right shape goes round the branch."""
-        return not self.plain or not self.changes_shape
+        return True
 
     @contextlib.contextmanager
     def left_out(self) -> Iterator[None]:
@@ -234,25 +185,195 @@ class Block(nn.Module):
         finally:
             self.skips_branch = False
 
-    def branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The input of the first convolution, and what the branch adds to the shortcut."""
-        shifted = out = self._into(0, x)
-        for i in range(len(self.convs) - 1):
-            out = self.convs[i](out)
-            out = self._into(i + 1, self.norms[i](out) if self.post else out)
-        out = self.multiplier(self.convs[-1](self.dropout(out)))
-        return shifted, self.norms[-1](out) if self.post else out
+    def fusable(self) -> bool:
+        """Whether the block is still what it was built as, and made of what can be fused."""
+        scalars = (*self.before_acts, *self.before_convs)
+        own = type(self) in FUSABLE and self.residual.fusable()
+        return own and ops.fusable(self.convs, scalars, [self.activation])
 
-    def _into(self, i: int, out: Tensor) -> Tensor:
-        """What convolution ``i`` sees; in post order the first one's input is activated already."""
-        if not self.post:
-            out = self.norms[i](out)
-        if i > 0 or not self.post:
-            out = self.activation(out)
-        return self.shifts[i](out)
+    def input_bias(self) -> ops.Number:
+        """What the fused route has added to the block's input already: a constant."""
+        raise NotImplementedError
 
-    def skip(self, x: Tensor, shifted: Tensor) -> Tensor:
-        """The shortcut. Where the shape changes it takes the biased input, as in the authors' code,
-        or, in pre order, the activated one, as in He et al. 2016.
+    def fused(self, h: Tensor, own: ops.Number, following: ops.Number) -> Tensor:
+        """The forward pass on the fused route (``fixup_core.fuse.ops``).
+
+        Args:
+            h: The input plus ``own``.
+            own: This block's ``input_bias``.
+            following: The next block's.
+
+        Returns:
+            The output plus ``following``.
         """
-        return x if self.shortcut is None else self.shortcut(shifted)
+        first = out = self._enter(h)
+        *inner, last = self._scalars(own, following)
+        for conv, scalars in zip(self.convs[:-1], inner, strict=True):
+            out = ops.convolution(conv, out, scalars)
+        return ops.convolution(
+            self.convs[-1],
+            self.dropout(out),
+            last,
+            scale=ops.value_of(self.residual.multiplier, 1.0),
+            shortcut=h if self.shortcut is None else self.shortcut(first),
+        )
+
+    def folded(self, own: ops.Number, following: ops.Number) -> nn.Module:
+        """``fused`` for good: a block without scalars."""
+        scalars = self._scalars(own, following)
+        scales = [*[1.0] * (len(scalars) - 1), ops.value_of(self.residual.multiplier, 1.0)]
+        return FoldedBlock(
+            self._folded_enter(),
+            [folded_convolution(*each) for each in zip(self.convs, scalars, scales, strict=True)],
+            [floor_of(each) for each in scalars],
+            copy.deepcopy(self.shortcut),
+        )
+
+    def _enter(self, h: Tensor) -> Tensor:
+        """What the first convolution sees on the fused route."""
+        raise NotImplementedError
+
+    def _folded_enter(self) -> nn.Module:
+        """The same for good."""
+        raise NotImplementedError
+
+    def _scalars(self, own: ops.Number, following: ops.Number) -> list[ActivationScalars]:
+        """The scalars behind each convolution; the last one's are those of the sum."""
+        raise NotImplementedError
+
+    def _on_shortcut(self, own: ops.Number) -> ops.Number:
+        """The constant that the shortcut holds on the fused route."""
+        return own if self.shortcut is None else 0.0
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        rename_keys_(state_dict, prefix, self._names_before())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _names_before(self) -> dict[str, str]:
+        """What parts were called up to version 0.1."""
+        return {
+            "shifts.": "before_convs.",
+            "norms.": "before_acts.",
+            "multiplier.": "residual.multiplier.",
+        }
+
+
+class PostBlock(Block):
+    """Bias, convolution, norm or bias, activation, ..., addition, activation."""
+
+    def parts(self, method: Method, shapes: Any) -> tuple[list[nn.Module], nn.Module]:
+        *inner, end = (before_activation(method, shape[1]) for shape in shapes)
+        return inner, end
+
+    def forward(self, x: Tensor) -> Tensor:
+        entering = self.before_convs[0](x)
+        shortcut = self.skip(x, entering)
+        if self.skips_branch:
+            return self.activation(shortcut)
+        return self.activation(self.residual(shortcut, self.branch(entering)))
+
+    def branch(self, out: Tensor) -> Tensor:
+        """From the input of the first convolution to the output of the last."""
+        for i, before_act in enumerate(self.before_acts, start=1):
+            out = self.activation(before_act(self.convs[i - 1](out)))
+            out = self.before_convs[i](out)
+        return self.convs[-1](self.dropout(out))
+
+    def input_bias(self) -> ops.Number:
+        return ops.constant(ops.value_of(self.before_convs[0]))
+
+    def _enter(self, h: Tensor) -> Tensor:
+        return ops.use_fused_bias(h, ops.value_of(self.before_convs[0]))
+
+    def _folded_enter(self) -> nn.Module:
+        return nn.Identity()
+
+    def _scalars(self, own: ops.Number, following: ops.Number) -> list[ActivationScalars]:
+        before = map(ops.value_of, self.before_acts)
+        after = map(ops.value_of, self.before_convs[1:])
+        end = ops.value_of(self.residual.end)
+        last = ActivationScalars(end, following, self._on_shortcut(own))
+        return [*map(ActivationScalars, before, after), last]
+
+    def _names_before(self) -> dict[str, str]:
+        return {f"norms.{len(self.convs) - 1}.": "residual.end.", **super()._names_before()}
+
+
+class PreBlock(Block):
+    """Norm or bias, activation, bias, convolution, ..., addition."""
+
+    def parts(self, method: Method, shapes: Any) -> tuple[list[nn.Module], nn.Module]:
+        return [before_activation(method, shape[0]) for shape in shapes], nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        entering = self._entering(0, x)
+        shortcut = self.skip(x, entering)
+        if self.skips_branch:
+            return shortcut
+        return self.residual(shortcut, self.branch(entering))
+
+    def branch(self, out: Tensor) -> Tensor:
+        """From the input of the first convolution to the output of the last."""
+        for i in range(1, len(self.convs)):
+            out = self._entering(i, self.convs[i - 1](out))
+        return self.convs[-1](self.dropout(out))
+
+    def _entering(self, i: int, out: Tensor) -> Tensor:
+        """What convolution ``i`` sees."""
+        return self.before_convs[i](self.activation(self.before_acts[i](out)))
+
+    def input_bias(self) -> ops.Number:
+        parts = (self.before_acts[0], self.before_convs[0])
+        return ops.constant(*map(ops.value_of, parts))
+
+    def _enter(self, h: Tensor) -> Tensor:
+        before, after = ops.value_of(self.before_acts[0]), ops.value_of(self.before_convs[0])
+        return ops.activation(h, before, after)
+
+    def _folded_enter(self) -> nn.Module:
+        return Floor(float(ops.value_of(self.before_convs[0])))
+
+    def _scalars(self, own: ops.Number, following: ops.Number) -> list[ActivationScalars]:
+        before = map(ops.value_of, self.before_acts[1:])
+        after = map(ops.value_of, self.before_convs[1:])
+        last = ActivationScalars(0.0, following, self._on_shortcut(own), relu=False)
+        return [*map(ActivationScalars, before, after), last]
+
+
+class _WithoutShortcut(Block):
+    """A block of a plain network: the branch alone."""
+
+    def residual_branches(self) -> Iterator[ResidualBranch]:
+        return iter(())
+
+    def last_norms(self) -> Iterator[nn.Module]:
+        return iter(())
+
+    def left_out_is_defined(self) -> bool:
+        return not self.changes_shape
+
+
+class PlainPostBlock(_WithoutShortcut, PostBlock):
+    """Convolution, norm or bias, activation, ..."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.skips_branch:
+            return x
+        return self.activation(self.residual.only(self.branch(self.before_convs[0](x))))
+
+
+class PlainPreBlock(_WithoutShortcut, PreBlock):
+    """Norm or bias, activation, convolution, ..."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.skips_branch else self.residual.only(self.branch(self._entering(0, x)))
+
+
+FUSABLE = (PostBlock, PreBlock)
+
+
+def make_block(design: Design, inputs: int, width: int, stride: int) -> Block:
+    """The block of a design."""
+    plain = design.shortcut == "none"
+    kinds = (PlainPostBlock, PlainPreBlock) if plain else (PostBlock, PreBlock)
+    return kinds[ORDERS.index(design.order)](design, inputs, width, stride)

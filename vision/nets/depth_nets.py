@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from fixup_core.errors import UserError
+from fixup_core.rules.methods import method_named
 from vision.nets.blocks import Design
-from vision.nets.methods import METHODS, Network, choose, initialise_
+from vision.nets.network import Network, write_weights_
 from vision.nets.resnet import ResNet
 
 DEPTHS = (3, 6, 12, 24, 48, 96)
@@ -20,26 +21,25 @@ WIDTHS = (16, 32, 64)
 BATCH, SIZE, CLASSES = 16, 8, 10
 
 
-def cifar(rule: str = "fixup") -> dict[str, Any]:
+def cifar(method: str = "fixup") -> dict[str, Any]:
     """CIFAR ResNets of basic blocks, m = 2.
 
     Args:
-        rule: A method of ``vision.nets``: fixup, fixup_no_factor, none, batchnorm, ...
+        method: Of the registry: fixup, fixup_no_factor, none, batchnorm, ...
 
     Raises:
         UserError: There is no such method.
     """
-    return _check(rule, shortcut="A")
+    return _check(method, shortcut="A")
 
 
-def bottleneck(rule: str = "fixup") -> dict[str, Any]:
-    """ResNets of bottlenecks, m = 3; ``rule`` as for ``cifar``."""
-    return _check(rule, shortcut="B", bottleneck=True)
+def bottleneck(method: str = "fixup") -> dict[str, Any]:
+    """ResNets of bottlenecks, m = 3; ``method`` as for ``cifar``."""
+    return _check(method, shortcut="B", bottleneck=True)
 
 
-def _check(rule: str, **design: Any) -> dict[str, Any]:
-    choose("the rule", rule, METHODS)
-    method, generator = METHODS[rule], torch.Generator().manual_seed(0)
+def _check(name: str, **design: Any) -> dict[str, Any]:
+    method, generator = method_named(name), torch.Generator().manual_seed(0)
     images = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
 
     def make_net(depth: int) -> Network:
@@ -47,7 +47,7 @@ def _check(rule: str, **design: Any) -> dict[str, Any]:
             raise UserError(f"a depth of {depth} is not a multiple of 3: take one, as 12")
         counts = (depth // 3,) * 3
         net = ResNet(Design(method, **design), counts=counts, widths=WIDTHS, num_classes=CLASSES)
-        initialise_(net, method, images)
+        write_weights_(net, method, images)
         return net
 
     return {

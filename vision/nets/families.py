@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from fixup_core import METHODS, Method
 from fixup_core.errors import UserError
+from fixup_core.rules.methods import method_named
 from vision.nets.blocks import Design
 from vision.nets.highway import HighwayConvNet, HighwayMLP
-from vision.nets.methods import METHODS, Method, Network, initialise_
+from vision.nets.network import Network, write_weights_
 from vision.nets.resnet import ResNet
 
 IMAGENET_COUNTS = {
@@ -31,6 +33,21 @@ IMAGENET_COUNTS = {
 DESIGN_OPTIONS = ("shortcut", "order", "activation", "dropout")
 RESNET_OPTIONS = (*DESIGN_OPTIONS, "in_channels", "checkpointing")
 HIGHWAY_OPTIONS = ("activation", "gate_bias", "in_channels")
+
+OPTION_TYPES: dict[str, type] = {
+    **dict.fromkeys(("shortcut", "order", "activation"), str),
+    **dict.fromkeys(("dropout", "gate_bias"), float),
+    **dict.fromkeys(("in_channels", "image_size", "width", "num_classes"), int),
+    "checkpointing": bool,
+    "widths": tuple,
+}
+TYPE_NAMES = {
+    str: "a name",
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false",
+    tuple: "a list of whole numbers",
+}
 
 
 def _design(method: Method, options: dict[str, Any], **defaults: Any) -> Design:
@@ -75,7 +92,7 @@ def _highway_conv(depth: int, *, method: Method, **options: Any) -> Network:
 
 
 def _gated(kind: Any, depth: int, method: Method, options: dict[str, Any]) -> Network:
-    if method.residual or method.norm:
+    if method.needs_branches or method.norm:
         raise UserError(
             "a highway network has gates in place of norms and residual branches: "
             "take method none, xavier or lsuv"
@@ -152,10 +169,10 @@ def build_net(
     """
     net = _built(name, method, num_classes=num_classes, **options)
     chosen = METHODS[method]
-    if chosen.batch and batch is None:
+    if chosen.unit_variance and batch is None:
         channels, size = image_of(name, **options)
         batch = torch.randn(16, channels, size, size)
-    initialise_(net, chosen, batch)
+    write_weights_(net, chosen, batch)
     return net
 
 
@@ -179,17 +196,21 @@ def image_of(name: str, **options: Any) -> tuple[int, int]:
 def _built(name: str, method: str, **options: Any) -> Network:
     """The network, its weights not yet written."""
     family, numbers = _parse(name)
-    if method not in METHODS:
-        raise UserError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
-    for option in options.keys() - {"num_classes"}:
-        if option not in family.options:
-            near = difflib.get_close_matches(option, family.options, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(family.options)}"
-            raise UserError(f"{name} has no option {option!r}; {hint}")
-    try:
-        return family.build(*numbers, method=METHODS[method], **options)
-    except TypeError as error:
-        raise UserError(f"{name}: {error}") from error
+    chosen = method_named(method)
+    for option, value in options.items():
+        _check_option(name, option, value, (*family.options, "num_classes"))
+    return family.build(*numbers, method=chosen, **options)
+
+
+def _check_option(name: str, option: str, value: Any, known: tuple[str, ...]) -> None:
+    if option not in known:
+        near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+        raise UserError(f"{name} has no option {option!r}; {hint}")
+    kind = OPTION_TYPES[option]
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if not fits and not (kind is tuple and isinstance(value, list)):
+        raise UserError(f"{name}: the option {option} is {value!r}: give {TYPE_NAMES[kind]}")
 
 
 def _parse(name: str) -> tuple[Family, list[int]]:

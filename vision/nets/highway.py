@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vision.nets.blocks import Subsample
-from vision.nets.methods import Network, make_activation
+from vision.nets.network import Network, make_activation
 
 
 class HighwayLayer(nn.Module):

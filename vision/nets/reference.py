@@ -3,20 +3,21 @@
 The authors' Fixup ResNets and torchvision's ResNets name the same weights like this (s the stage,
 b the block, i the convolution, all counted as they count them):
 
-==============================  ==========================  ===================================
-ours                            the authors' Fixup          torchvision
-==============================  ==========================  ===================================
-stem.conv.weight                conv1.weight                conv1.weight
-stem.norm.*                     bias1                       bn1.*
-stages.S.B.convs.I.weight       layer{s}.{b}.conv{i}.weight the same
-stages.S.B.shifts.I.weight      layer{s}.{b}.bias{i}a
-stages.S.B.norms.I.*            layer{s}.{b}.bias{i}b       layer{s}.{b}.bn{i}.*
-stages.S.B.multiplier.weight    layer{s}.{b}.scale
-stages.S.B.shortcut.conv.weight layer{s}.{b}.downsample.weight  layer{s}.{b}.downsample.0.weight
-stages.S.B.shortcut.norm.*                                  layer{s}.{b}.downsample.1.*
-head.shift.weight               bias2
-head.fc.*                       fc.*                        fc.*
-==============================  ==========================  ===================================
+=====================================  =============================  ==========================
+ours                                   the authors' Fixup             torchvision
+=====================================  =============================  ==========================
+stem.conv.weight                       conv1.weight                   conv1.weight
+stem.before_activation.*               bias1                          bn1.*
+stages.S.B.convs.I.weight              layer{s}.{b}.conv{i}.weight    the same
+stages.S.B.before_convs.I.weight       layer{s}.{b}.bias{i}a
+stages.S.B.before_acts.I.*             layer{s}.{b}.bias{i}b          layer{s}.{b}.bn{i}.*
+stages.S.B.residual.end.*              the same, of the last i        the same, of the last i
+stages.S.B.residual.multiplier.weight  layer{s}.{b}.scale
+stages.S.B.shortcut.conv.weight        layer{s}.{b}.downsample.weight ....downsample.0.weight
+stages.S.B.shortcut.norm.*                                       ....downsample.1.*
+head.before_fc.weight                  bias2
+head.fc.*                              fc.*                           fc.*
+=====================================  =============================  ==========================
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ def _numbered(text: str) -> Callable[[re.Match[str]], str]:
 BLOCK = r"layer(?P<s>\d+)\.(?P<b>\d+)\."
 NAMES: Names = (
     (r"conv1\.(weight)", r"stem.conv.\1"),
-    (r"bias1", "stem.norm.weight"),
-    (r"bn1\.(.*)", r"stem.norm.\1"),
-    (r"bias2", "head.shift.weight"),
+    (r"bias1", "stem.before_activation.weight"),
+    (r"bn1\.(.*)", r"stem.before_activation.\1"),
+    (r"bias2", "head.before_fc.weight"),
     (r"fc\.(.*)", r"head.fc.\1"),
     (BLOCK + r"conv(?P<i>\d)\.weight", _numbered("stages.{s}.{b}.convs.{i}.weight")),
-    (BLOCK + r"bias(?P<i>\d)a", _numbered("stages.{s}.{b}.shifts.{i}.weight")),
-    (BLOCK + r"bias(?P<i>\d)b", _numbered("stages.{s}.{b}.norms.{i}.weight")),
-    (BLOCK + r"bn(?P<i>\d)\.(?P<what>.*)", _numbered("stages.{s}.{b}.norms.{i}.{what}")),
-    (BLOCK + r"scale", _numbered("stages.{s}.{b}.multiplier.weight")),
+    (BLOCK + r"bias(?P<i>\d)a", _numbered("stages.{s}.{b}.before_convs.{i}.weight")),
+    (BLOCK + r"bias(?P<i>\d)b", _numbered("stages.{s}.{b}.before_acts.{i}.weight")),
+    (BLOCK + r"bn(?P<i>\d)\.(?P<what>.*)", _numbered("stages.{s}.{b}.before_acts.{i}.{what}")),
+    (BLOCK + r"scale", _numbered("stages.{s}.{b}.residual.multiplier.weight")),
     (BLOCK + r"downsample\.(0\.)?weight", _numbered("stages.{s}.{b}.shortcut.conv.weight")),
     (BLOCK + r"downsample\.1\.(?P<what>.*)", _numbered("stages.{s}.{b}.shortcut.norm.{what}")),
 )
@@ -74,8 +75,8 @@ def load_reference_state_dict(net: nn.Module, state_dict: Mapping[str, Tensor]) 
         UserError: A name that has no counterpart, a parameter of ``net`` that is not there, or
             another shape.
     """
-    renamed = {_rename(name): value for name, value in state_dict.items()}
     own = net.state_dict()
+    renamed = {_own_name(_rename(name), own): value for name, value in state_dict.items()}
     for name, value in renamed.items():
         if name in own and value.numel() == 1:
             renamed[name] = value.reshape(own[name].shape)  # a scalar, [] or [1]
@@ -90,6 +91,11 @@ def load_reference_state_dict(net: nn.Module, state_dict: Mapping[str, Tensor]) 
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"the state dict is of another network: {'; '.join(wrong[:3])}{more}")
     net.load_state_dict(renamed)
+
+
+def _own_name(name: str, own: Mapping[str, Tensor]) -> str:
+    """What stands before the last activation of a block ends its branch."""
+    return name if name in own else re.sub(r"\.before_acts\.\d\.", ".residual.end.", name)
 
 
 def _rename(name: str) -> str:

@@ -25,11 +25,18 @@ from fixup_core import WeightLayer
 from fixup_core.errors import UserError
 from fixup_core.fuse import ops
 from fixup_core.fuse.fold import floor_of, folded_convolution
-from fixup_core.fuse.ops import Around
+from fixup_core.fuse.ops import ActivationScalars
 from fixup_core.rules.standards import TORCH_DEFAULT
-from vision.nets.blocks import ORDERS, SHORTCUTS, Block, Design
+from vision.nets.blocks import ORDERS, SHORTCUTS, Block, Design, make_block
 from vision.nets.folded import FoldedHead
-from vision.nets.methods import Network, choose, make_activation
+from vision.nets.network import (
+    NORMS,
+    Network,
+    before_activation,
+    choose,
+    make_activation,
+    rename_keys_,
+)
 
 
 class Stem(nn.Module):
@@ -43,31 +50,38 @@ class Stem(nn.Module):
         kernel, stride = (7, 2) if imagenet else (3, 1)
         self.conv = design.convolution(inputs, outputs, kernel, stride)
         self.post = post = design.order == "post"
-        self.norm = design.method.before_activation(outputs) if post else nn.Identity()
+        before = before_activation(design.method, outputs) if post else nn.Identity()
+        self.before_activation = before
         self.activation = make_activation(design.activation) if post else nn.Identity()
         self.pool = nn.MaxPool2d(3, 2, 1) if imagenet else nn.Identity()
 
     def standard_layers(self) -> Iterator[WeightLayer]:
         """Fixup leaves the stem as PyTorch draws it, as the authors' code does."""
-        yield WeightLayer(self.conv, TORCH_DEFAULT)
+        yield WeightLayer(self.conv, standard=TORCH_DEFAULT)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pool(self.activation(self.norm(self.conv(x))))
+        return self.pool(self.activation(self.before_activation(self.conv(x))))
 
-    def carried(self, x: Tensor, following: ops.Number) -> Tensor:
-        """The output plus ``following``, the first block's entry."""
-        around = Around(ops.value_of(self.norm), following, relu=self.post)
-        return self.pool(ops.convolution(self.conv, x, around))
+    def fused(self, x: Tensor, following: ops.Number) -> Tensor:
+        """The output plus ``following``, the first block's ``input_bias``."""
+        return self.pool(ops.convolution(self.conv, x, self._scalars(following)))
 
-    def carriable(self) -> bool:
-        """Whether it is made of what can be carried."""
-        return ops.carriable([self.conv], [self.norm], [self.activation])
+    def fusable(self) -> bool:
+        """Whether it is made of what can be fused."""
+        return ops.fusable([self.conv], [self.before_activation], [self.activation])
 
     def folded(self, following: ops.Number) -> nn.Module:
-        """``carried`` for good."""
-        around = Around(ops.value_of(self.norm), following, relu=self.post)
-        pool = copy.deepcopy(self.pool)
-        return nn.Sequential(folded_convolution(self.conv, around), floor_of(around), pool)
+        """``fused`` for good."""
+        scalars, pool = self._scalars(following), copy.deepcopy(self.pool)
+        return nn.Sequential(folded_convolution(self.conv, scalars), floor_of(scalars), pool)
+
+    def _scalars(self, following: ops.Number) -> ActivationScalars:
+        before = ops.value_of(self.before_activation)
+        return ActivationScalars(before, following, relu=self.post)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        rename_keys_(state_dict, prefix, {"norm.": "before_activation."})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Head(nn.Module):
@@ -76,40 +90,43 @@ class Head(nn.Module):
     def __init__(self, design: Design, inputs: int, num_classes: int) -> None:
         super().__init__()
         self.pre = pre = design.order == "pre"
-        self.norm = design.method.before_activation(inputs) if pre else nn.Identity()
+        before = before_activation(design.method, inputs) if pre else nn.Identity()
+        self.before_activation = before
         self.activation = make_activation(design.activation) if pre else nn.Identity()
-        self.shift = design.method.before_weights()
+        self.before_fc = design.method.make_bias()
         self.fc = nn.Linear(inputs, num_classes)
 
     def classifier_layers(self) -> Iterator[nn.Module]:
         yield self.fc
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.activation(self.norm(x))
-        return self.fc(self.shift(x.mean(dim=(2, 3))))
+        x = self.activation(self.before_activation(x))
+        return self.fc(self.before_fc(x.mean(dim=(2, 3))))
 
-    def carriable(self) -> bool:
-        """Whether it is made of what can be carried."""
-        return ops.carriable([], [self.norm, self.shift], [self.activation])
+    def fusable(self) -> bool:
+        """Whether it is made of what can be fused."""
+        return ops.fusable([], [self.before_activation, self.before_fc], [self.activation])
 
-    def entry(self) -> ops.Number:
-        """What the carried route has added to the head's input already."""
-        return ops.constant(ops.value_of(self.norm), ops.value_of(self.shift))
+    def input_bias(self) -> ops.Number:
+        """What the fused route has added to the head's input already."""
+        return ops.constant(ops.value_of(self.before_activation), ops.value_of(self.before_fc))
 
-    def carried(self, h: Tensor) -> Tensor:
-        """The logits of an input that carries ``entry``."""
-        before, after = ops.value_of(self.norm), ops.value_of(self.shift)
+    def fused(self, h: Tensor) -> Tensor:
+        """The logits of an input to which ``input_bias`` was added."""
+        before, after = ops.value_of(self.before_activation), ops.value_of(self.before_fc)
         if self.pre:
             return self.fc(ops.activation(h, before, after).mean(dim=(2, 3)))
-        return self.fc(ops.entered(h.mean(dim=(2, 3)), after))
+        return self.fc(ops.use_fused_bias(h.mean(dim=(2, 3)), after))
 
     def folded(self) -> nn.Module:
-        """``carried`` for good."""
-        around = Around(after=ops.value_of(self.shift), relu=self.pre)
-        return FoldedHead(floor_of(around), copy.deepcopy(self.fc))
+        """``fused`` for good."""
+        scalars = ActivationScalars(after=ops.value_of(self.before_fc), relu=self.pre)
+        return FoldedHead(floor_of(scalars), copy.deepcopy(self.fc))
 
-
-CARRIERS = (Stem, Block, Head)
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        names = {"norm.": "before_activation.", "shift.": "before_fc."}
+        rename_keys_(state_dict, prefix, names)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class ResNet(Network):
@@ -149,7 +166,7 @@ class ResNet(Network):
             blocks = nn.Sequential()
             for i in range(count):
                 stride = 2 if i == 0 and number > 0 else 1
-                blocks.append(Block(design, channels, width, stride))
+                blocks.append(make_block(design, channels, width, stride))
                 channels = width * design.expansion
             self.stages.append(blocks)
         self.head = Head(design, channels, num_classes)
@@ -160,20 +177,20 @@ class ResNet(Network):
         return [block for stage in stages for block in stage]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, classes]; by the carried route where the scalars can be carried."""
+        """Logits [B, classes]; on the fused route where it may be taken."""
         blocks = self.blocks()
-        if not self.carries(blocks):
+        if not self.fuses(blocks):
             return self.head(self._through(blocks, self.stem(x)))
-        entries = self._entries(blocks)
+        biases = self._input_biases(blocks)
         steps = [
-            partial(block.carried, entry=own, following=following)
-            for block, (own, following) in zip(blocks, pairwise(entries), strict=True)
+            partial(block.fused, own=own, following=following)
+            for block, (own, following) in zip(blocks, pairwise(biases), strict=True)
         ]
-        return self.head.carried(self._through(steps, self.stem.carried(x, entries[0])))
+        return self.head.fused(self._through(steps, self.stem.fused(x, biases[0])))
 
-    def _entries(self, blocks: Sequence[Block]) -> list[ops.Number]:
+    def _input_biases(self, blocks: Sequence[Block]) -> list[ops.Number]:
         """What each block, and the head, finds added to its input."""
-        return [*(block.entry() for block in blocks), self.head.entry()]
+        return [*(block.input_bias() for block in blocks), self.head.input_bias()]
 
     def folded(self) -> nn.Module:
         """The plain network of ``fixup_core.fuse.fold``.
@@ -181,26 +198,27 @@ class ResNet(Network):
         Raises:
             UserError: A method without scalars, or another activation than ReLU.
         """
-        if not self.carriable():
+        if not self.fusable():
             raise UserError("only networks with Fixup's scalars and ReLU can be folded")
         blocks = self.blocks()
-        entries = self._entries(blocks)
-        folded = [b.folded(*pair) for b, pair in zip(blocks, pairwise(entries), strict=True)]
-        return nn.Sequential(self.stem.folded(entries[0]), *folded, self.head.folded())
+        biases = self._input_biases(blocks)
+        folded = [b.folded(*pair) for b, pair in zip(blocks, pairwise(biases), strict=True)]
+        return nn.Sequential(self.stem.folded(biases[0]), *folded, self.head.folded())
 
-    def carries(self, blocks: Sequence[Block]) -> bool:
-        """Whether the scalars are carried now."""
+    def fuses(self, blocks: Sequence[Block]) -> bool:
+        """Whether the fused route is taken now."""
         whole = not any(block.skips_branch for block in blocks)
-        return self.carriable() and whole and ops.carries(self)
+        return self.fusable() and whole and ops.may_fuse(self)
 
-    def carriable(self) -> bool:
-        """Whether there are scalars that can be carried, and folded: with ReLU, and nothing put in
+    def fusable(self) -> bool:
+        """Whether there are scalars that can be fused, and folded: with ReLU, and nothing put in
         the place of what ``build_net`` made.
         """
         if not self.design.method.scalars:
             return False
-        parts: Iterable[Any] = (self.stem, *self.blocks(), self.head)
-        return all(type(part) in CARRIERS and part.carriable() for part in parts)
+        ends: tuple[Stem | Head, ...] = (self.stem, self.head)
+        own = all(type(end) in (Stem, Head) and end.fusable() for end in ends)
+        return own and all(block.fusable() for block in self.blocks())
 
     def _through(self, steps: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
         """The steps one by one, or, with checkpointing, a square root of them at a time."""
@@ -251,5 +269,6 @@ def _check(design: Design) -> None:
     choose("order", design.order, ORDERS)
     if not 0 <= design.dropout < 1:
         raise UserError(f"dropout is {design.dropout}: take a number from 0 to below 1")
-    if design.method.residual and design.shortcut == "none":
+    design.method.check_norm(NORMS, "ResNets")
+    if design.method.needs_branches and design.shortcut == "none":
         raise UserError("this method is made of residual branches: a plain network has none")

@@ -16,11 +16,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from fixup_core import SCALAR_LR_RATIO, param_groups
+from fixup_core import METHODS, SCALAR_LR_RATIO, param_groups
 from fixup_core.errors import UserError
 from vision.data import VisionData
 from vision.data.batches import Batch, mix
-from vision.nets import METHODS, build_net, initialise_
+from vision.nets import build_net, write_weights_
 from vision.training.mixing import blend
 
 RANGES = (
@@ -120,14 +120,14 @@ class LitClassifier(L.LightningModule):
                 f"{self.args.num_classes}: make them equal"
             )
         new = stage == "fit" and not self.trainer.ckpt_path
-        if new and METHODS[self.args.method].batch:
+        if new and METHODS[self.args.method].unit_variance:
             self._initialise_on_data()
 
     def _initialise_on_data(self) -> None:
         """The same on every process: they all look at the whole first batch."""
         batch = next(iter(self.data.loader("train", alone=True)))
         images = self.data.on_after_batch_transfer(batch, 0).images
-        initialise_(self.net, METHODS[self.args.method], images)
+        write_weights_(self.net, METHODS[self.args.method], images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""

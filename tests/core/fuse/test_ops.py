@@ -1,4 +1,4 @@
-"""The carried route against the plain one: values, gradients, memory, and when it is taken."""
+"""The fused route against the plain one: values, gradients, memory, and when it is taken."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fixup_core.errors import UserError
 from fixup_core.fuse import ops
 from fixup_core.fuse.fold import fold
-from fixup_core.fuse.ops import Around
+from fixup_core.fuse.ops import ActivationScalars
 
 NETS = [
     ("cifar_resnet14", {}, 17),
@@ -64,7 +64,7 @@ def _assert_same(net: nn.Module, images: torch.Tensor, rtol: float, **how) -> No
 def test_both_routes_agree(name: str, options: dict, size: int, method: str) -> None:
     net = _net(name, method, **options).double()
     images = torch.randn(3, 3, size, size, dtype=torch.float64)
-    assert net.carries(net.blocks())
+    assert net.fuses(net.blocks())
     _assert_same(net, images, rtol=1e-11)
 
 
@@ -82,21 +82,21 @@ def test_both_routes_agree_under_autocast() -> None:
     net = _net("cifar_resnet14")
     images = torch.randn(8, 3, 16, 16)
     exact = _step(net, images, plain=True)[1]
-    (_, carried), (_, plain) = (_step(net, images, plain=p, autocast=True) for p in (False, True))
+    (_, fused), (_, plain) = (_step(net, images, plain=p, autocast=True) for p in (False, True))
     off = {
         route: sum(((grads[n] - exact[n]).norm() / exact[n].norm()).item() for n in exact)
-        for route, grads in (("carried", carried), ("plain", plain))
+        for route, grads in (("fused", fused), ("plain", plain))
     }
-    assert off["carried"] < 1.1 * off["plain"], "no less exact than the definition in bfloat16"
+    assert off["fused"] < 1.1 * off["plain"], "no less exact than the definition in bfloat16"
 
 
 def test_evaluation_and_a_batch_of_one_pixel() -> None:
     net = _net("cifar_resnet14").eval()
     for images in (torch.randn(1, 3, 1, 1), torch.randn(0, 3, 8, 8)):
         with torch.no_grad():
-            carried = net(images)
+            fused = net(images)
             with ops.plain_route():
-                torch.testing.assert_close(carried, net(images))
+                torch.testing.assert_close(fused, net(images))
 
 
 @pytest.mark.parametrize("relu", [True, False])
@@ -112,10 +112,11 @@ def test_gradients_of_a_convolution(geometry: dict, with_shortcut: bool, relu: b
     numbers = torch.tensor([0.3, -0.2, 0.1, 1.4], dtype=torch.float64, requires_grad=True)
     shortcut = torch.randn_like(conv(x)).requires_grad_() if with_shortcut else None
 
-    def carried(x, weight, bias, numbers, shortcut):
-        before, after, carried, scale = numbers.unbind()
+    def fused(x, weight, bias, numbers, shortcut):
+        before, after, on_shortcut, scale = numbers.unbind()
         parameters = {"weight": weight, "bias": bias}
-        around = Around(before, after, carried.detach() if with_shortcut else 0.0, relu=relu)
+        constant = on_shortcut.detach() if with_shortcut else 0.0
+        scalars = ActivationScalars(before, after, constant, relu=relu)
 
         class Bound:
             stride, padding, dilation, groups = (
@@ -127,28 +128,28 @@ def test_gradients_of_a_convolution(geometry: dict, with_shortcut: bool, relu: b
 
         bound = Bound()
         bound.weight, bound.bias = parameters["weight"], parameters["bias"]
-        return ops.convolution(bound, x, around, scale=scale, shortcut=shortcut)
+        return ops.convolution(bound, x, scalars, scale=scale, shortcut=shortcut)
 
     inputs = (x, conv.weight, conv.bias, numbers, shortcut)
     constants = numbers.detach()
     assert torch.autograd.gradcheck(
-        lambda x, weight, bias, learnt, shortcut: carried(
+        lambda x, weight, bias, learnt, shortcut: fused(
             x, weight, bias, torch.cat((learnt[:2], constants[2:3], learnt[2:])), shortcut
         ),
         (*inputs[:3], constants[[0, 1, 3]].requires_grad_(), shortcut),
     )
-    before, after, carries, scale = constants.unbind()
+    before, after, on_shortcut, scale = constants.unbind()
     plain = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     out = scale * (plain + conv.bias[:, None, None]) + before
-    out = out if shortcut is None else out + shortcut - carries
-    torch.testing.assert_close(carried(*inputs), (out.relu() if relu else out) + after)
+    out = out if shortcut is None else out + shortcut - on_shortcut
+    torch.testing.assert_close(fused(*inputs), (out.relu() if relu else out) + after)
 
 
 def test_gradients_of_an_activation() -> None:
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     numbers = torch.tensor([0.2, -0.3], dtype=torch.float64, requires_grad=True)
 
-    def carried(x, numbers):
+    def fused(x, numbers):
         before, after = numbers.unbind()
         h = x + (before + after).detach()
         return ops.activation(h, before, after)
@@ -158,7 +159,7 @@ def test_gradients_of_an_activation() -> None:
         return (x + before).relu() + after
 
     grads = []
-    for route in (carried, plain):
+    for route in (fused, plain):
         out = route(x, numbers)
         grads.append(torch.autograd.grad((out * torch.arange(4.0)).sum(), (x, numbers)))
         torch.testing.assert_close(out, plain(x, numbers))
@@ -207,36 +208,36 @@ def _saved_bytes(net: nn.Module, images: torch.Tensor) -> int:
 def test_no_more_is_kept_for_the_backward_pass_than_without_scalars() -> None:
     images = torch.randn(16, 3, 32, 32)
     bare = _saved_bytes(_net("cifar_resnet32", "fixup_rule2"), images)
-    carried = _saved_bytes(_net("cifar_resnet32"), images)
+    fused = _saved_bytes(_net("cifar_resnet32"), images)
     with ops.plain_route():
         plain = _saved_bytes(_net("cifar_resnet32"), images)
     weights = sum(4 * block.convs[-1].weight.numel() for block in _net("cifar_resnet32").blocks())
-    assert carried < bare + weights + 10_000, "the last weights times their multiplier, and scalars"
+    assert fused < bare + weights + 10_000, "the last weights times their multiplier, and scalars"
     assert plain > 2 * bare
 
 
 def test_who_listens_hears_every_module() -> None:
     net = _net("cifar_resnet8")
     images, heard = torch.randn(2, 3, 8, 8), []
-    norm = net.blocks()[1].norms[0]
-    assert net.carries(net.blocks())
+    norm = net.blocks()[1].before_acts[0]
+    assert net.fuses(net.blocks())
     handle = norm.register_forward_hook(lambda *_: heard.append(1))
     net(images)
-    assert heard == [1] and not net.carries(net.blocks())
+    assert heard == [1] and not net.fuses(net.blocks())
     handle.remove()
-    assert net.carries(net.blocks())
+    assert net.fuses(net.blocks())
     everywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert not net.carries(net.blocks())
+    assert not net.fuses(net.blocks())
     everywhere.remove()
     with net.blocks()[0].left_out():
-        assert not net.carries(net.blocks())
+        assert not net.fuses(net.blocks())
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda block: setattr(block, "activation", nn.GELU()),
-        lambda block: block.norms.__setitem__(0, nn.BatchNorm2d(16)),
+        lambda block: block.before_acts.__setitem__(0, nn.BatchNorm2d(16)),
         lambda block: block.convs.__setitem__(
             1, nn.Conv2d(16, 16, 3, 1, 1, padding_mode="reflect")
         ),
@@ -268,7 +269,7 @@ def test_recorders_hear_the_plain_route() -> None:
     torch.testing.assert_close(traced(images), net(images))
 
 
-def test_compilers_and_function_transforms_trace_the_carried_route() -> None:
+def test_compilers_and_function_transforms_trace_the_fused_route() -> None:
     net = _net("cifar_resnet8").double()
     images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     expected = _step(net, images, plain=True)[1]

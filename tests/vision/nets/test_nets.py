@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fixup_core import Scalar, collect_branches
+from fixup_core import METHODS, Scalar, collect_branches
 from tests.vision.reference import authors_cifar_resnet, authors_imagenet_resnet
-from vision.nets import FAMILIES, METHODS, build_net, load_reference_state_dict
+from vision.nets import FAMILIES, build_net, load_reference_state_dict
 from vision.nets.blocks import Block
 
 SMALL = {
@@ -63,7 +63,7 @@ def test_fixup_starts_at_zero_and_its_ablation_without_rule_1_does_not(
 ) -> None:
     net = _build(name, method)
     largest = max(
-        block.branch(torch.randn(2, *_input_of(block)))[1].abs().max().item()
+        block.residual.only(block.branch(torch.randn(2, *_input_of(block)))).abs().max().item()
         for block in net.blocks()
     )
     if method == "fixup_rule2":
