@@ -4,11 +4,9 @@ Importing the package registers the models ``transformer_fixup`` and ``transform
 repairs what today's fairseq does silently wrong (``fixup_mt.host.repairs``).
 """
 
-from fixup_mt.host import flow_log as _flow_log
 from fixup_mt.host import repairs as _repairs
 from fixup_mt.model import model as _model  # noqa: F401 (registers the models)
 from fixup_mt.model import presets as _presets
 
 _presets.register()
-_flow_log.install()
 _repairs.apply()

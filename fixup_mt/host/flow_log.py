@@ -6,15 +6,15 @@ batch and the processes, not yet clipped. There they are read; nothing is change
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from fairseq.logging import metrics
-from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
 from fixup_mt.errors import UserError
+from fixup_mt.host.patches import patch
+from fixup_mt.model.config import FixupOptions
 
 
 def layer_gradient_norms(model: nn.Module) -> dict[str, float]:
@@ -54,17 +54,16 @@ def log_gradients(trainer: Any) -> None:
         metrics.log_scalar(f"grad_{name}", factor * norm, priority=500, round=6)
 
 
-def install() -> None:
-    """Make fairseq's trainer log where the option is given."""
-    original = Trainer.clip_grad_norm
+@patch("fairseq.trainer:Trainer.clip_grad_norm", "self clip_norm")
+def log_gradients_where_asked(original: Any) -> Any:
+    """Here the gradients are those of the step; see above."""
 
-    @functools.wraps(original)
     def clip_grad_norm(self: Any, clip_norm: float) -> Any:
-        if getattr(self.cfg.model, "fixup_log_gradients", False):
+        if FixupOptions.of(self.cfg.model).log_gradients:
             log_gradients(self)
         return original(self, clip_norm)
 
-    Trainer.clip_grad_norm = clip_grad_norm
+    return clip_grad_norm
 
 
 def _norm(module: nn.Module) -> Tensor | None:

@@ -1,41 +1,38 @@
 """Repairs of what today's fairseq does silently wrong, applied when the plugin is imported.
 
-``FIXUP_MT_REPAIRS=0`` in the environment turns all of them off (checkpoints of fairseq's own
-models then need fairseq's own ways of loading them).
+``FIXUP_MT_REPAIRS=0`` in the environment turns all of them off, and ``--fixup-log-gradients`` with
+them (checkpoints of fairseq's own models then need fairseq's own ways of loading them). fairseq
+used as a library goes on working: a repair acts where a command would go wrong, and there alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import functools
 import importlib
 import logging
 import os
 import sys
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy
 import omegaconf
 import torch
-from fairseq import checkpoint_utils, options
-from fairseq.data import data_utils
 from fairseq.distributed import utils as distributed_utils
-from fairseq.file_io import PathManager
 from fairseq.models import ARCH_MODEL_REGISTRY
-from fairseq.nan_detector import NanDetector
-from fairseq.tasks import FairseqTask
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
 from fixup_mt.errors import UserError, check_architecture, install_hook
+from fixup_mt.host.flow_log import log_gradients_where_asked
+from fixup_mt.host.patches import Patch, arguments, patch
 
 logger = logging.getLogger(__name__)
 
 SWITCH = "FIXUP_MT_REPAIRS"
+HOOKED = "_fixup_mt_explains"
 
 
 def load_checkpoints_safely() -> None:
@@ -60,9 +57,9 @@ def load_checkpoints_safely() -> None:
     torch.serialization.add_safe_globals([argparse.Namespace, *arrays, *configuration])
 
 
-def copy_checkpoints_atomically() -> None:
+@patch("fairseq.file_io:PathManager.copy", "src_path dst_path overwrite")
+def copy_checkpoints_atomically(original: Any) -> Any:
     """A kill while ``checkpoint_last.pt`` is copied over in place leaves it truncated."""
-    original = PathManager.copy
 
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
         if "://" in dst_path:  # a remote store, through iopath
@@ -71,19 +68,27 @@ def copy_checkpoints_atomically() -> None:
         original(src_path, temporary, overwrite=True)
         return Path(temporary).replace(dst_path)
 
-    PathManager.copy = staticmethod(copy)
+    return copy
 
 
-def keep_the_nan_detector_alive() -> None:
+@patch("fairseq.nan_detector:NanDetector.__init__", "self model forward backward")
+def keep_the_nan_detector_alive(original: Any) -> Any:
     """Its backward hooks die of the encoder's dict of lists and hide the divergence they report.
 
-    So only its forward hooks stay, which name the first layer with a bad output. At the end the
-    parameters with bad gradients are named, where fairseq prints the whole tensors.
+    So only its forward hooks stay, which name the first layer with a bad output.
     """
-    original = NanDetector.__init__
-    original.__defaults__ = (True, False)
 
-    def leave(self: NanDetector, *exception: Any) -> None:
+    def init(self: Any, model: Any, forward: bool = True, backward: bool = False) -> None:
+        original(self, model, forward, backward)
+
+    return init
+
+
+@patch("fairseq.nan_detector:NanDetector.__exit__", "self exc_type exc_value exc_traceback")
+def name_the_bad_gradients(original: Any) -> Any:
+    """At a divergence fairseq prints the whole gradients; the parameters' names are enough."""
+
+    def leave(self: Any, *exception: Any) -> None:
         bad = [
             name
             for name, parameter in self.named_parameters
@@ -92,79 +97,89 @@ def keep_the_nan_detector_alive() -> None:
         logger.warning("gradients with NaN or Inf: %d parameters, first %s", len(bad), bad[:3])
         self.close()
 
-    NanDetector.__exit__ = leave
+    return leave
 
 
-def keep_the_last_batch() -> None:
+@patch(
+    "fairseq.data.data_utils:batch_by_size",
+    "indices num_tokens_fn num_tokens_vec max_tokens max_sentences required_batch_size_multiple "
+    "fixed_shapes",
+)
+def keep_the_last_batch(original: Any) -> Any:
     """The last batch is dropped when its size is no multiple of 8: in training, validation and
     generation, where the dropped sentences are the longest and BLEU is taken over the rest.
     """
-    original = data_utils.batch_by_size
 
-    @functools.wraps(original)
-    def batch_by_size(indices: Any, *args: Any, **options: Any) -> Any:
+    def batch_by_size(*args: Any, **kwargs: Any) -> Any:
+        given = arguments(original, *args, **kwargs)
+        indices = given["indices"]
         if not isinstance(indices, numpy.ndarray):
-            indices = numpy.fromiter(indices, dtype=numpy.int64, count=-1)
-        batches = original(indices, *args, **options)
-        if options.get("fixed_shapes") is not None:
+            indices = given["indices"] = numpy.fromiter(indices, dtype=numpy.int64, count=-1)
+        batches = original(**given)
+        if given["fixed_shapes"] is not None:
             return batches
         kept = sum(len(batch) for batch in batches)
         return batches if kept == len(indices) else [*batches, indices[kept:]]
 
-    data_utils.batch_by_size = batch_by_size
+    return batch_by_size
 
 
-def resume_with_the_same_batches() -> None:
+@patch(
+    "fairseq.tasks.fairseq_task:FairseqTask.get_batch_iterator",
+    "self dataset max_tokens max_sentences max_positions ignore_invalid_inputs "
+    "required_batch_size_multiple seed num_shards shard_id num_workers epoch data_buffer_size "
+    "disable_iterator_cache skip_remainder_batch grouped_shuffling update_epoch_batch_itr",
+)
+def resume_with_the_same_batches(original: Any) -> Any:
     """Batches are made once a run, from ``seed + the epoch the run starts in``: a run resumed in a
     later epoch sees others. Make them from ``seed + 1`` always; their order follows the epoch.
     """
-    original = FairseqTask.get_batch_iterator
 
-    @functools.wraps(original)
-    def get_batch_iterator(self: FairseqTask, dataset: Any, *args: Any, **options: Any) -> Any:
-        epoch = options.get("epoch", 1)
-        anew = options.get("update_epoch_batch_itr") or getattr(self.cfg, "rebuild_batches", False)
+    def get_batch_iterator(*args: Any, **kwargs: Any) -> Any:
+        given = arguments(original, *args, **kwargs)
+        task, dataset, epoch = given["self"], given["dataset"], given["epoch"]
+        anew = given["update_epoch_batch_itr"] or getattr(task.cfg, "rebuild_batches", False)
         # Some data sets draw other sentences every epoch; their batches follow the epoch already.
-        if anew or options.get("disable_iterator_cache") or not self.can_reuse_epoch_itr(dataset):
-            return original(self, dataset, *args, **options)
-        iterator = original(self, dataset, *args, **(options | {"epoch": 1}))
+        if anew or given["disable_iterator_cache"] or not task.can_reuse_epoch_itr(dataset):
+            return original(**given)
+        iterator = original(**given | {"epoch": 1})
         dataset.set_epoch(epoch)
         if iterator._cur_epoch_itr is None and iterator._next_epoch_itr is None:
             iterator.epoch = max(epoch, 1)
         return iterator
 
-    FairseqTask.get_batch_iterator = get_batch_iterator
+    return get_batch_iterator
 
 
-def find_the_restore_file() -> None:
+@patch("fairseq.checkpoint_utils:load_checkpoint", "cfg trainer **passthrough_args")
+def find_the_restore_file(original: Any) -> Any:
     """``--restore-file checkpoint_best.pt`` is not looked for in the save directory; the run then
     starts from scratch and overwrites what lies there.
     """
-    original = checkpoint_utils.load_checkpoint
 
-    @functools.wraps(original)
-    def load_checkpoint(cfg: Any, trainer: Any, **options: Any) -> Any:
-        name, beside = cfg.restore_file, Path(cfg.save_dir, cfg.restore_file)
+    def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
+        name, folder = cfg.restore_file, cfg.save_dir
+        named = name not in (None, "checkpoint_last.pt") and "://" not in name
+        if named and folder is not None:
+            cfg.restore_file = _restore_file(name, Path(folder, name), trainer.checkpoint_suffix)
+        return original(cfg, trainer, **passthrough_args)
 
-        def exists(path: str | Path) -> bool:
-            return Path(str(path).replace(".pt", f"{trainer.checkpoint_suffix}.pt")).exists()
-
-        if name != "checkpoint_last.pt" and "://" not in name and not exists(name):
-            if not exists(beside):
-                raise UserError(f"--restore-file: neither {name} nor {beside} exists")
-            cfg.restore_file = str(beside)
-        return original(cfg, trainer, **options)
-
-    checkpoint_utils.load_checkpoint = load_checkpoint
+    return load_checkpoint
 
 
-def join_the_ranks_of_torchrun() -> None:
+def _restore_file(name: str, beside: Path, suffix: str | None) -> str:
+    for path in (name, str(beside)):
+        if Path(path.replace(".pt", f"{suffix or ''}.pt")).exists():
+            return path
+    raise UserError(f"--restore-file: neither {name} nor {beside} exists")
+
+
+@patch("fairseq.distributed.utils:infer_init_method", "cfg force_distributed")
+def join_the_ranks_of_torchrun(original: Any) -> Any:
     """Not torchrun's ranks are counted but a machine's GPUs: without a GPU, or with one on each
     node, every rank trains alone, into the same folder.
     """
-    original = distributed_utils.infer_init_method
 
-    @functools.wraps(original)
     def infer_init_method(cfg: Any, force_distributed: bool = False) -> None:
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         if ranks > 1 and "RANK" in os.environ:
@@ -175,26 +190,38 @@ def join_the_ranks_of_torchrun() -> None:
                 cfg.distributed_no_spawn = True
         original(cfg, force_distributed)
 
-    distributed_utils.infer_init_method = infer_init_method
+    return infer_init_method
 
 
-def explain_mistakes() -> None:
-    """A misspelt ``--arch`` and other mistakes are told in one line."""
-    original = options.parse_args_and_arch
+@patch(
+    "fairseq.options:parse_args_and_arch",
+    "parser input_args parse_known suppress_defaults modify_parser",
+)
+def explain_mistakes(original: Any) -> Any:
+    """A misspelt ``--arch`` and other mistakes end in one line."""
 
-    @functools.wraps(original)
     def parse_args_and_arch(parser: Any, input_args: Any = None, *args: Any, **kwargs: Any) -> Any:
-        install_hook()  # here, and not at import: only fairseq's commands come by
-        check_architecture(input_args or sys.argv[1:], list(ARCH_MODEL_REGISTRY))
+        if input_args is None:
+            _hook_once()  # here, and not at import: only fairseq's commands come by
+        line = sys.argv[1:] if input_args is None else input_args
+        if line:
+            # Whoever calls this from Python may pass None for an argument, as argparse allows.
+            check_architecture([part or "" for part in line], list(ARCH_MODEL_REGISTRY))
         return original(parser, input_args, *args, **kwargs)
 
-    options.parse_args_and_arch = parse_args_and_arch
+    return parse_args_and_arch
 
 
-REPAIRS: tuple[Callable[[], None], ...] = (
-    load_checkpoints_safely,
+def _hook_once() -> None:
+    if not hasattr(sys.excepthook, HOOKED):
+        install_hook()
+        setattr(sys.excepthook, HOOKED, True)
+
+
+REPAIRS: tuple[Patch, ...] = (
     copy_checkpoints_atomically,
     keep_the_nan_detector_alive,
+    name_the_bad_gradients,
     keep_the_last_batch,
     resume_with_the_same_batches,
     find_the_restore_file,
@@ -204,13 +231,21 @@ REPAIRS: tuple[Callable[[], None], ...] = (
 
 
 def apply() -> None:
-    """Apply all repairs, unless the switch is off; say so in the log."""
+    """Apply all repairs, unless the switch is off; say so in the log. Twice is harmless."""
     if os.environ.get(SWITCH) == "0":
-        logger.warning("the repairs of fairseq are off (%s=0)", SWITCH)
+        text = "the repairs of fairseq are off, and --fixup-log-gradients with them (%s=0)"
+        logger.warning(text, SWITCH)
         return
-    for repair in REPAIRS:
-        repair()
-    names = ", ".join(repair.__name__ for repair in REPAIRS)
+    load_checkpoints_safely()
+    log_gradients_where_asked.apply()
+    on = [load_checkpoints_safely.__name__, *(r.name for r in REPAIRS if r.apply())]
     # `python -m fixup_mt` is no fairseq command, and scripts read what it prints.
     if sys.argv[0] != "-m":
-        logger.info("repairs of fairseq are on (%s=0 turns them off): %s", SWITCH, names)
+        text = "repairs of fairseq are on (%s=0 turns them off): %s"
+        logger.info(text, SWITCH, ", ".join(on))
+
+
+def undo() -> None:
+    """Take all patches off. The classes that checkpoints may hold stay allowed."""
+    for item in (log_gradients_where_asked, *reversed(REPAIRS)):
+        item.undo()

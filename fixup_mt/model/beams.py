@@ -8,13 +8,11 @@ here is exact for any order: where the rows of a sentence part, each gets a copy
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Tuple
-
 import torch
 from torch import Tensor
 
 
-def sentence_order(order: Tensor, group: int, rows: int) -> Tuple[Tensor, int]:
+def sentence_order(order: Tensor, group: int, rows: int) -> tuple[Tensor, int]:
     """The order of the sentences that belongs to an order of the hypotheses.
 
     Args:
@@ -45,14 +43,14 @@ def group_mark(group: int) -> Tensor:
 
 
 def reorder_encoder_out(
-    encoder_out: Dict[str, List[Tensor]], order: Tensor, shares: bool
-) -> Dict[str, List[Tensor]]:
+    encoder_out: dict[str, list[Tensor]], order: Tensor, shares: bool
+) -> dict[str, list[Tensor]]:
     """Encoder output of fairseq for hypotheses in a new order, with a mark under ``"group"``."""
     rows = encoder_out["encoder_out"][0].size(1)
     group = encoder_out["group"][0].size(0) if "group" in encoder_out else 1
     sentences, group = sentence_order(order, group, rows) if shares else (order, 1)
     unmoved = is_identity(sentences, rows)
-    reordered: Dict[str, List[Tensor]] = {}
+    reordered: dict[str, list[Tensor]] = {}
     for name, tensors in encoder_out.items():
         if unmoved:
             reordered[name] = tensors
@@ -79,7 +77,7 @@ def apart(x: Tensor, rows: int) -> Tensor:
     return x.unflatten(2, [group, x.size(2) // group]).transpose(1, 2).flatten(0, 1)
 
 
-def appended(before: Tensor, order: Optional[Tensor], now: Tensor) -> Tensor:
+def appended(before: Tensor, order: Tensor | None, now: Tensor) -> Tensor:
     """Cached keys or values in a new order, and the latest: [N, H, T, C], by one copy."""
     if order is None:
         return torch.cat([before, now], dim=2)

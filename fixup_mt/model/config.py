@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
-from typing import Any, Optional
+from collections.abc import Iterable
+from typing import Any, Optional, get_type_hints
 
+import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models.transformer import TransformerConfig
 from fairseq.models.transformer.transformer_config import (
@@ -23,6 +25,8 @@ from omegaconf import II, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from fixup_mt.errors import UserError
+
+PREFIX = "fixup_"
 
 NESTED = {"encoder": EncDecBaseConfig, "decoder": DecoderConfig, "quant_noise": QuantNoiseConfig}
 
@@ -61,42 +65,78 @@ LIKE_THE_ENCODER: dict[str, tuple[Any, Any]] = {
 }
 
 
-def _fixup_field(kind: Any, default: Any, text: str | None) -> tuple[Any, Any]:
+PRECISIONS: dict[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16}
+
+
+def _option(default: Any, text: str, choices: Iterable[str] = ()) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "choices": tuple(choices)})
+
+
+@dataclasses.dataclass(frozen=True)
+class FixupOptions:
+    """The options ``--fixup-*``: their names, types, defaults and help texts stand here alone."""
+
+    scalar_lr_ratio: float = _option(
+        1.0, "learning rate of Fixup's scalars divided by that of the weights"
+    )
+    tied_output: str = _option(
+        "leave",
+        "what replaces a zero output layer when it shares the embeddings: leave (nothing), "
+        "scale (logits times d^-1/2), gain (logits times a scalar that starts at 0)",
+        choices=("leave", "scale", "gain"),
+    )
+    compat: str = _option(
+        "none",
+        "authors: scale cross-attention as the authors' code does, as if there were 12 branches",
+        choices=("none", "authors"),
+    )
+    autocast: str = _option(
+        "none",
+        "run the model under torch.autocast in this type; scalars, logits and loss stay float32",
+        choices=PRECISIONS,
+    )
+    compile: bool = _option(
+        False, "train with layers compiled by torch.compile; needs a C++ compiler, or a GPU"
+    )
+    log_gradients: bool = _option(False, "log the gradient norm of every layer, to TensorBoard too")
+
+    @classmethod
+    def of(cls, cfg: Any) -> FixupOptions:
+        """The options in a model's configuration; those that it lacks have their defaults.
+
+        Args:
+            cfg: A configuration of ours or of another model of fairseq, or its namespace.
+        """
+        kinds = get_type_hints(cls)
+        given = {name: getattr(cfg, PREFIX + name, None) for name in kinds}
+        # fairseq's parsers leave None where the command line says nothing.
+        values = {name: kinds[name](v) for name, v in given.items() if v is not None}
+        return cls(**values)
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """The type of ``--fixup-autocast``; ``None`` without it."""
+        return PRECISIONS[self.autocast]
+
+
+def _host_fields() -> dict[str, tuple[Any, Any]]:
+    """The fields of ``FixupOptions`` as fairseq reads them."""
+    kinds = get_type_hints(FixupOptions)
+    fields: dict[str, tuple[Any, Any]] = {}
+    for field in dataclasses.fields(FixupOptions):
+        choices = field.metadata["choices"]
+        kind = ChoiceEnum(list(choices)) if choices else kinds[field.name]
+        fields[PREFIX + field.name] = _field(kind, field.default, field.metadata["help"])
+    return fields
+
+
+def _field(kind: Any, default: Any, text: str | None) -> tuple[Any, Any]:
     return kind, dataclasses.field(default=default, metadata={"help": text})
 
 
-COMPAT = ChoiceEnum(["none", "authors"])
-TIED_OUTPUT = ChoiceEnum(["leave", "scale", "gain"])
-AUTOCAST = ChoiceEnum(["none", "bf16"])
-
-FIXUP_FIELDS: dict[str, tuple[Any, Any]] = {
-    "fixup_scalar_lr_ratio": _fixup_field(
-        float, 1.0, "learning rate of Fixup's scalars over that of the weights"
-    ),
-    "fixup_tied_output": _fixup_field(
-        TIED_OUTPUT,
-        "leave",
-        "what stands for a zero output layer when it shares the embeddings: leave (nothing), "
-        "scale (logits times d^-1/2), gain (logits times a scalar that starts at 0)",
-    ),
-    "fixup_compat": _fixup_field(
-        COMPAT,
-        "none",
-        "authors: scale cross-attention as the authors' code does, as if there were 12 branches",
-    ),
-    "fixup_autocast": _fixup_field(
-        AUTOCAST,
-        "none",
-        "run the model under torch.autocast in this type; scalars, logits and loss stay float32",
-    ),
-    "fixup_compile": _fixup_field(
-        bool, False, "train with layers compiled by torch.compile; needs a C++ compiler, or a GPU"
-    ),
-    "fixup_log_gradients": _fixup_field(
-        bool, False, "log the gradient norm of every layer, to TensorBoard too"
-    ),
+FIXUP_FIELDS = _host_fields() | {
     # Without a help text fairseq adds no option; the name makes it copy the value of --optimizer.
-    "optimizer": _fixup_field(str, II("optimizer._name"), None),
+    "optimizer": _field(str, II("optimizer._name"), None),
 }
 
 
@@ -120,7 +160,7 @@ def _config_class(name: str, base: type, own: dict[str, tuple[Any, Any]]) -> typ
     for key, (kind, default) in own.items():
         if key in fields:
             text = fields[key][1].metadata.get("help")
-            fields[key] = _fixup_field(kind, default, text)
+            fields[key] = _field(kind, default, text)
     fields |= FIXUP_FIELDS
     spec = [(key, kind, default) for key, (kind, default) in fields.items()]
     return dataclasses.make_dataclass(name, spec, bases=(FairseqDataclass,))
@@ -148,7 +188,8 @@ def nested(cfg: DictConfig | Namespace) -> TransformerConfig:
     """The nested configuration that fairseq's stacks read, from our flat one.
 
     ``normalize_before`` is fairseq's name for "a module stands at the start of every branch":
-    with it the slots of the layer norms take Fixup's scalar biases.
+    with it the slots of the layer norms take Fixup's scalar biases. ``fixup`` holds the
+    ``FixupOptions``.
 
     Raises:
         UserError: A size that no Transformer can have.
@@ -164,6 +205,7 @@ def nested(cfg: DictConfig | Namespace) -> TransformerConfig:
     config = TransformerConfig.from_namespace(Namespace(**values))
     config.encoder.normalize_before = config.decoder.normalize_before = True
     config.no_decoder_final_norm = False
+    config.fixup = FixupOptions.of(cfg)
     return config
 
 

@@ -19,6 +19,7 @@ from fixup_core import anchor_scalars_, anchored_rate, fixup_init_
 from fixup_mt.errors import UserError
 from fixup_mt.model.config import (
     FixupLanguageModelConfig,
+    FixupOptions,
     FixupTransformerConfig,
     nested,
     optimizer_name,
@@ -54,7 +55,12 @@ class FixupTransformerModel(TransformerModelBase):
             )
             if path
         ]
-        _initialise_(model, cfg, keep=(p for module in pretrained for p in module.parameters()))
+        _initialise_(
+            model,
+            config.fixup,
+            optimizer_name(cfg),
+            keep=(p for module in pretrained for p in module.parameters()),
+        )
         return model
 
     @classmethod
@@ -94,14 +100,18 @@ class FixupLanguageModel(TransformerLanguageModel):
         # A character embedder is a network of its own, outside the residual branches.
         embedder = model.decoder.embed_tokens
         own = isinstance(embedder, CharacterTokenEmbedder)
-        _initialise_(model, cfg, keep=embedder.parameters() if own else ())
+        _initialise_(
+            model, config.fixup, optimizer_name(cfg), keep=embedder.parameters() if own else ()
+        )
         return model
 
 
-def _initialise_(model: Any, cfg: DictConfig, *, keep: Iterable[nn.Parameter]) -> None:
+def _initialise_(
+    model: Any, options: FixupOptions, optimizer: str, *, keep: Iterable[nn.Parameter]
+) -> None:
     """Anchor the scalars at the rate the optimiser needs, then write all weights."""
     try:
-        rate = anchored_rate(cfg.fixup_scalar_lr_ratio, optimizer_name(cfg))
+        rate = anchored_rate(options.scalar_lr_ratio, optimizer)
     except ValueError as error:
         raise UserError(f"--fixup-scalar-lr-ratio: {error}") from error
     anchor_scalars_(model, rate)

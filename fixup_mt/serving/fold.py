@@ -1,10 +1,9 @@
 """Transformers without scalars: everything folded into weights and biases, for other engines.
 
 The result is the state dict of fairseq's pre-norm ``transformer`` without its layer norms: the
-same names, a bias vector for every projection. A bias ``s`` before a linear layer adds ``s`` times
-the row sums of its weight to its bias vector; a multiplier behind it multiplies both. What ends the
-encoder goes into the keys and values of the cross-attention, what ends the decoder into the output
-layer.
+same names, a bias vector for every projection. Linear layers fold their own scalars and those of
+the slots before them (``fixup_mt.model.linears``). What ends the encoder goes into the keys and
+values of the cross-attention, what ends the decoder into the output layer.
 """
 
 from __future__ import annotations
@@ -15,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fixup_core.errors import UserError
-from fixup_core.fuse.ops import Number, value_of
-from fixup_mt.model.layers import BiasLinearMultiplier, LinearBias, LinearMultiplier
+from fixup_mt.model.linears import folded
 from fixup_mt.model.model import FixupTransformerModel
-from fixup_mt.model.stacks import TiedProjection
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -37,19 +34,17 @@ def fold_transformer(model: nn.Module) -> dict[str, Tensor]:
     """
     check(model)
     module: Any = model
-    folded: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     with torch.no_grad():
         for name in ("encoder", "decoder"):
             stack = getattr(module, name)
-            folded[f"{name}.embed_tokens.weight"] = stack.embed_tokens.weight.clone()
+            result[f"{name}.embed_tokens.weight"] = stack.embed_tokens.weight
             for number, layer in enumerate(stack.layers):
-                path = f"{name}.layers.{number}"
-                _fold_attention(folded, f"{path}.self_attn", layer.self_attn, _bias_before(layer))
-                if name == "decoder":
-                    _fold_cross_attention(folded, path, layer, module.encoder.layer_norm)
-                _fold_ffn(folded, path, layer)
-        _fold_output(folded, module.decoder)
-    return {name: tensor.float().cpu() for name, tensor in folded.items()}
+                _fold_layer(result, f"{name}.layers.{number}", layer, module.encoder.layer_norm)
+        output, last = module.decoder.output_projection, module.decoder.layer_norm
+        _fold(result, "decoder.output_projection", output, last)
+    # Copies: a weight that no scalar multiplies is the model's own until here.
+    return {name: t.detach().to("cpu", torch.float32, copy=True) for name, t in result.items()}
 
 
 def positions(stack: Any) -> Tensor:
@@ -88,59 +83,26 @@ def check(model: nn.Module) -> None:
             raise UserError(f"a model with {option} cannot be exported exactly")
 
 
-def _bias_before(layer: Any) -> Number:
-    return value_of(layer.self_attn_layer_norm)
+def _fold_layer(result: dict[str, Tensor], path: str, layer: Any, closing: nn.Module) -> None:
+    """``closing`` ends the encoder, before the keys and values of cross-attention."""
+    slot = layer.self_attn_layer_norm
+    _fold_attention(result, f"{path}.self_attn", layer.self_attn, slot, slot)
+    if hasattr(layer, "encoder_attn"):
+        slot = layer.encoder_attn_layer_norm
+        _fold_attention(result, f"{path}.encoder_attn", layer.encoder_attn, slot, closing)
+    _fold(result, f"{path}.fc1", layer.fc1, layer.final_layer_norm)
+    _fold(result, f"{path}.fc2", layer.fc2)
 
 
-def _linear(
-    folded: dict[str, Tensor],
-    path: str,
-    weight: Tensor,
-    *,
-    before: Number = 0.0,
-    scale: Number = 1.0,
-    after: Number = 0.0,
+def _fold_attention(
+    result: dict[str, Tensor], path: str, attention: Any, query: nn.Module, memory: nn.Module
 ) -> None:
-    """``scale * weight @ (x + before) + after``."""
-    scaled = weight * scale
-    folded[f"{path}.weight"] = scaled
-    folded[f"{path}.bias"] = scaled.sum(dim=1) * before + after
-
-
-def _fold_attention(folded: dict[str, Tensor], path: str, attention: Any, before: Number) -> None:
+    """``query`` and ``memory`` are what the queries, and the keys and values, go through first."""
     for name in PROJECTIONS:
-        _linear(folded, f"{path}.{name}", getattr(attention, name).weight, before=before)
-    _fold_last(folded, f"{path}.out_proj", attention.out_proj)
+        slot = query if name == "q_proj" else memory
+        _fold(result, f"{path}.{name}", getattr(attention, name), slot)
+    _fold(result, f"{path}.out_proj", attention.out_proj)
 
 
-def _fold_cross_attention(folded: dict[str, Tensor], path: str, layer: Any, closing: Any) -> None:
-    attention, path = layer.encoder_attn, f"{path}.encoder_attn"
-    query = value_of(layer.encoder_attn_layer_norm)
-    _linear(folded, f"{path}.q_proj", attention.q_proj.weight, before=query)
-    bias, multiplier = closing
-    for name in ("k_proj", "v_proj"):
-        weight = getattr(attention, name).weight
-        own = {"before": value_of(bias), "scale": value_of(multiplier, 1.0)}
-        _linear(folded, f"{path}.{name}", weight, **own)
-    _fold_last(folded, f"{path}.out_proj", attention.out_proj)
-
-
-def _fold_ffn(folded: dict[str, Tensor], path: str, layer: Any) -> None:
-    fc1: LinearBias = layer.fc1
-    before, after = value_of(layer.final_layer_norm), value_of(fc1.after)
-    _linear(folded, f"{path}.fc1", fc1.weight, before=before, after=after)
-    _fold_last(folded, f"{path}.fc2", layer.fc2)
-
-
-def _fold_last(folded: dict[str, Tensor], path: str, last: LinearMultiplier) -> None:
-    before = value_of(last.before) if isinstance(last, BiasLinearMultiplier) else 0.0
-    _linear(folded, path, last.weight, before=before, scale=value_of(last.multiplier, 1.0))
-
-
-def _fold_output(folded: dict[str, Tensor], decoder: Any) -> None:
-    projection = decoder.output_projection
-    scale: Number = 1.0
-    if isinstance(projection, TiedProjection):
-        scale = projection.scale * value_of(projection.gain, 1.0)
-    before = value_of(decoder.layer_norm)
-    _linear(folded, "decoder.output_projection", projection.weight, before=before, scale=scale)
+def _fold(result: dict[str, Tensor], path: str, layer: Any, *slots: nn.Module) -> None:
+    result[f"{path}.weight"], result[f"{path}.bias"] = folded(layer, *slots)

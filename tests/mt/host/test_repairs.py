@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, options
 from fairseq.data import data_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
@@ -21,6 +22,8 @@ from torch import nn
 
 from fixup_mt.errors import UserError
 from fixup_mt.host import repairs
+from fixup_mt.host.flow_log import log_gradients_where_asked
+from fixup_mt.host.patches import MARK, Patch
 from tests.conftest import ENVIRONMENT, ROOT, fairseq, train_flags
 
 
@@ -38,13 +41,153 @@ def _without_repairs(code: str) -> str:
 
 
 def test_the_log_says_that_they_are_on(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
-    monkeypatch.setattr(repairs, "REPAIRS", ())
     with caplog.at_level(logging.INFO):
         repairs.apply()
         monkeypatch.setenv(repairs.SWITCH, "0")
         repairs.apply()
     assert "repairs of fairseq are on" in caplog.messages[0]
+    assert all(repair.name in caplog.messages[0] for repair in repairs.REPAIRS)
     assert "are off" in caplog.messages[1]
+
+
+PATCHES = (*repairs.REPAIRS, log_gradients_where_asked)
+
+
+def _targets() -> list[Any]:
+    """What stands in fairseq where the patches go."""
+    return [item._find()[2] for item in PATCHES]
+
+
+def _marked() -> list[bool]:
+    """Whether something of ours is there."""
+    return [hasattr(getattr(found, "__func__", found), MARK) for found in _targets()]
+
+
+HERE = "from tests.mt.host.test_repairs import PATCHES, _marked, _targets, repairs, sys, torch\n"
+
+
+def test_applied_twice_is_applied_once() -> None:
+    once = _targets()
+    assert all(item.apply() for item in PATCHES)
+    repairs.apply()
+    assert all(now is before for now, before in zip(_targets(), once, strict=True))
+
+
+def test_undone_and_applied_again() -> None:
+    code = (
+        HERE
+        + "on = _targets(); repairs.undo(); off = _targets(); repairs.undo(); still = _targets()\n"
+        "repairs.apply(); again = _targets()\n"
+        "print([a is not b is c is not d for a, b, c, d in zip(on, off, still, again)])"
+    )
+    assert _in_a_fresh_process(code) == str([True] * len(PATCHES))
+
+
+def test_every_patch_was_written_for_this_fairseq_and_knows_another() -> None:
+    code = (
+        HERE + "from dataclasses import replace\n"
+        "off = _targets()\n"
+        "print([replace(p, parameters=p.parameters + ' more').apply() for p in PATCHES])\n"
+        "print([a is b for a, b in zip(off, _targets())])\n"
+        "print([p.apply() for p in PATCHES])"
+    )
+    found = _without_repairs(code).splitlines()
+    count = len(PATCHES)
+    assert found == [str([False] * count), str([True] * count), str([True] * count)]
+
+
+def test_a_changed_function_is_left_alone_with_one_line(
+    tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The host goes on working."""
+
+    def copy(source: str, target: str, *, mode: str = "w") -> str:
+        return shutil.copyfile(source, target)
+
+    monkeypatch.setattr(PathManager, "copy", staticmethod(copy))
+    assert not repairs.copy_checkpoints_atomically.apply()
+    (message,) = caplog.messages
+    assert "\n" not in message
+    assert "copy_checkpoints_atomically is left out: fairseq.file_io:PathManager.copy" in message
+    assert "takes (source target mode), not (src_path dst_path overwrite)" in message
+    assert PathManager.copy is copy
+    (tmp_path / "old").write_text("x")
+    PathManager.copy(tmp_path / "old", tmp_path / "new")
+    assert (tmp_path / "new").read_text() == "x"
+
+
+@pytest.mark.parametrize("target", ["fairseq.nowhere:f", "fairseq.trainer:Trainer.nothing"])
+def test_a_function_that_is_gone_is_told(target: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert not Patch("mend", target, "", lambda original: original).apply()
+    assert caplog.messages == [f"mend is left out: there is no {target}"]
+
+
+IMPORTED = """
+import logging, sys, warnings
+import fairseq.trainer, fairseq.tasks.translation, fairseq.models.transformer_lm, fairseq.options
+state = lambda: (list(warnings.filters), sys.excepthook, logging.root.level,
+                 list(logging.root.handlers), logging.root.manager.disable)
+before = state()
+import fixup_mt
+assert state() == before
+"""
+
+
+def _parses_a_command(tail: str) -> str:
+    return (
+        "import sys; from fairseq import options\n"
+        "sys.argv = ['train', 'data', '--arch', 'transformer_fixup_tiny']\n"
+        "options.parse_args_and_arch(options.get_training_parser())\n" + tail
+    )
+
+
+def test_importing_touches_no_filters_logging_or_hooks() -> None:
+    code = IMPORTED + _parses_a_command("print(state() == before)")
+    here = ENVIRONMENT | {repairs.SWITCH: "1", "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, capture_output=True, text=True, env=here, check=True)
+    # Only a command's line brings the hook.
+    assert done.stdout.split() == ["False"]
+
+
+def test_the_switch_turns_everything_off() -> None:
+    code = (
+        HERE + "import argparse\n"
+        "print(any(_marked()),"
+        " argparse.Namespace in torch.serialization.get_safe_globals(),"
+        " sys.excepthook is not sys.__excepthook__)"
+    )
+    assert _without_repairs(_parses_a_command(code)) == "False False False"
+    assert _in_a_fresh_process(_parses_a_command(code)) == "True True True"
+
+
+def test_the_hook_is_installed_once_and_for_commands_alone(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    parser = options.get_training_parser()
+    options.parse_args_and_arch(parser, ["data", "--arch", "transformer_fixup_tiny"])
+    assert sys.excepthook is sys.__excepthook__
+    monkeypatch.setattr(sys, "argv", ["train", "data", "--arch", "transformer_fixup_tiny"])
+    options.parse_args_and_arch(options.get_training_parser())
+    hook = sys.excepthook
+    assert hook is not sys.__excepthook__
+    options.parse_args_and_arch(options.get_training_parser())
+    assert sys.excepthook is hook
+
+
+def test_a_command_line_from_python_may_hold_none() -> None:
+    line = ["data", "--arch", "transformer_fixup_tiny", "--save-dir", None]
+    args = options.parse_args_and_arch(options.get_training_parser(), line)
+    assert args.arch == "transformer_fixup_tiny"
+
+
+@pytest.mark.parametrize("line", [None, []], ids=["of the process", "from Python"])
+def test_an_empty_command_line_is_told_what_it_lacks(line, monkeypatch, capsys) -> None:
+    """The line that comes from Python is not that of the process."""
+    monkeypatch.setattr(sys, "argv", ["train"] if line is None else ["pytest", "--arch", "x"])
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    with pytest.raises(SystemExit):
+        options.parse_args_and_arch(options.get_preprocessing_parser(), line)
+    assert "the following arguments are required: data" in capsys.readouterr().err
 
 
 def test_no_sentence_is_dropped() -> None:
@@ -69,6 +212,12 @@ def test_one_small_batch_is_kept_too() -> None:
         required_batch_size_multiple=8,
     )
     assert [batch.tolist() for batch in batches] == [[0, 1, 2]]
+
+
+def test_batches_by_position_are_batches_by_name() -> None:
+    """Fairseq's own callers name the arguments; others need not."""
+    batches = data_utils.batch_by_size(np.arange(9), None, np.full(9, 5), 20, None, 8)
+    assert np.concatenate(batches).tolist() == list(range(9))
 
 
 def test_without_the_repair_sentences_are_dropped() -> None:
@@ -130,6 +279,16 @@ def test_a_run_resumed_in_another_epoch_has_the_same_batches_and_without_the_rep
     assert _without_repairs(first) != _without_repairs(third)
 
 
+def test_an_epoch_may_be_given_by_position(data_bin: Path) -> None:
+    """It is the eleventh argument of ``get_batch_iterator``."""
+    code = _batches_of_a_run_from(3, data_bin)
+    by_position = code.replace(
+        "max_tokens=100, seed=7, epoch=3", "100, None, None, False, 1, 7, 1, 0, 0, 3"
+    )
+    assert by_position != code
+    assert _in_a_fresh_process(by_position) == _in_a_fresh_process(code)
+
+
 class _DictOfLists(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -163,9 +322,21 @@ def test_without_the_repair_it_dies() -> None:
 def restored(monkeypatch) -> list[SimpleNamespace]:
     """What the repaired ``load_checkpoint`` hands to fairseq's."""
     seen: list[SimpleNamespace] = []
-    monkeypatch.setattr(checkpoint_utils, "load_checkpoint", lambda cfg, trainer: seen.append(cfg))
-    repairs.find_the_restore_file()
+
+    def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> None:
+        seen.append(cfg)
+
+    monkeypatch.setattr(checkpoint_utils, "load_checkpoint", load_checkpoint)
+    assert repairs.find_the_restore_file.apply()
     return seen
+
+
+@pytest.mark.parametrize("name", ["/tmp/checkpoint_restore.pt", "checkpoint_last.pt", None])
+def test_without_a_save_directory_fairseq_is_left_to_itself(name: str | None, restored) -> None:
+    """As those who use it as a library call it."""
+    cfg = SimpleNamespace(restore_file=name, save_dir=None)
+    checkpoint_utils.load_checkpoint(cfg, SimpleNamespace(checkpoint_suffix=""))
+    assert restored[0].restore_file == name
 
 
 def test_a_restore_file_is_found_beside_the_checkpoints(tmp_path: Path, restored) -> None:

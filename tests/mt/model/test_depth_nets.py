@@ -13,8 +13,8 @@ import torch
 
 from fixup_core import DepthCheck, branch_weights, depth_check
 from fixup_core.errors import UserError
+from fixup_mt.model.attention import FixupAttention
 from fixup_mt.model.depth_nets import transformer
-from fixup_mt.model.layers import FixupAttention
 
 FEWER = {"depths": (1, 3, 9), "seeds": 8}
 

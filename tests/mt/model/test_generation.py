@@ -12,6 +12,7 @@ from fairseq.sequence_generator import SequenceGenerator
 from omegaconf import OmegaConf
 from torch import nn
 
+from fixup_mt.model.attention import FixupAttention, KeyValueCache
 from fixup_mt.model.beams import apart, appended, sentence_order, together
 from tests.mt.helpers import WORDS, batch, build, dictionary, trained
 
@@ -145,6 +146,45 @@ def test_appending_is_selecting_and_joining(grad: bool) -> None:
     assert torch.equal(joined, torch.cat([before[order], now], dim=2))
 
 
+def _cache(rows: int, hidden: int | None = None, **more: Any) -> KeyValueCache:
+    keys = torch.randn(rows, 2, 3, 4)
+    padding = None if hidden is None else torch.arange(3).lt(hidden).expand(rows, 3)
+    return KeyValueCache(keys, keys + 1, padding, **more)
+
+
+def test_a_cache_is_what_fairseqs_buffer_holds() -> None:
+    cache = _cache(4, hidden=1, order=torch.tensor([1, 0, 2, 3]), group=2)
+    assert KeyValueCache.of(cache.buffer()) == cache
+    # A decoder layer of fairseq writes the keys and values it is given, and nothing else.
+    given = KeyValueCache.of({"prev_key": cache.keys, "prev_value": cache.values})
+    assert given is not None and given.padding is None and given.order is None and given.group == 1
+    assert KeyValueCache.of({}) is None
+
+
+def test_hypotheses_are_moved_by_the_next_append() -> None:
+    cache, more = _cache(3, hidden=1), torch.randn(2, 2, 1, 4)
+    moved = cache.reorder_hypotheses(torch.tensor([2, 1, 0])).reorder_hypotheses(
+        torch.tensor([0, 0])
+    )
+    assert moved.keys is cache.keys
+    appended = moved.append(more, more, None)
+    assert appended.order is None
+    assert torch.equal(appended.keys[:, :, :3], cache.keys[[2, 2]])
+    assert torch.equal(appended.values[:, :, 3:], more)
+    assert appended.padding is not None
+    assert appended.padding.tolist() == [[True, False, False, False]] * 2
+
+
+def test_sentences_stay_while_their_hypotheses_change_places() -> None:
+    cache = _cache(2, hidden=1, group=2)
+    same = cache.reorder_sentences(torch.tensor([1, 0, 3, 3]))
+    assert same.keys is cache.keys and same.group == 2
+    swapped = cache.reorder_sentences(torch.tensor([3, 2, 0, 0]))
+    assert torch.equal(swapped.keys, cache.keys[[1, 0]]) and swapped.group == 2
+    parted = cache.reorder_sentences(torch.tensor([0, 2, 0, 0]))
+    assert torch.equal(parted.values, cache.values[[0, 1, 0, 0]]) and parted.group == 1
+
+
 def test_kept_products_change_neither_output_nor_state_dict() -> None:
     model, inputs = trained(build()).double(), batch()
     ready = _ready(model)
@@ -156,8 +196,7 @@ def test_kept_products_change_neither_output_nor_state_dict() -> None:
     for layer in model.decoder.layers:
         layer.need_attn = False
     # Attention weights that are asked for, those of the last layer, have a softmax in float32.
-    for other in (ready, torch.jit.script(ready)):
-        torch.testing.assert_close(other(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ready(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_loading_weights_empties_what_was_kept() -> None:
@@ -166,9 +205,14 @@ def test_loading_weights_empties_what_was_kept() -> None:
     torch.testing.assert_close(ready(**batch())[0], other(**batch())[0])
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["no-vectors", "vectors"])
 @pytest.mark.parametrize("rows", [2, 300])
-def test_one_product_for_queries_keys_and_values(rows: int) -> None:
-    attention = trained(build()).double().encoder.layers[0].self_attn
+def test_one_product_for_queries_keys_and_values(rows: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    attention = FixupAttention(64, 2, self_attention=True, bias=bias).double()
+    for name, parameter in attention.named_parameters():
+        nn.init.normal_(parameter, std=0.1)
+        assert bias or "bias" not in name
     x = torch.randn(4, rows, 64, dtype=torch.double, requires_grad=True)
     assert attention._packs(x, x, x) is (rows == 300)
     assert not attention._packs(x, x.clone(), x)
@@ -178,6 +222,9 @@ def test_one_product_for_queries_keys_and_values(rows: int) -> None:
     torch.testing.assert_close(packed, plain)
     for one, two in zip(*(_gradients(attention, x, out) for out in (packed, plain)), strict=True):
         torch.testing.assert_close(one, two)
+    attention.make_generation_fast_()
+    kept, _ = attention(x, x, x, need_weights=False)
+    torch.testing.assert_close(kept, plain)
 
 
 def _gradients(attention: nn.Module, x: torch.Tensor, out: torch.Tensor) -> Any:

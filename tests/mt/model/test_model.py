@@ -11,10 +11,10 @@ from fairseq.sequence_generator import SequenceGenerator
 from torch import nn
 from torch.nn import functional as F
 
-from fixup_core import collect_branches, scalars
+from fixup_core import ScalarBias, ScalarMultiplier, collect_branches, scalars
 from fixup_core.rules.param_groups import anchored_rate
 from fixup_mt.errors import UserError
-from fixup_mt.model.layers import BiasLinearMultiplier, LinearBias, LinearMultiplier
+from fixup_mt.model.linears import ScalarLinear
 from fixup_mt.model.presets import LANGUAGE_MODELS, TRANSLATION
 from tests.mt.helpers import WORDS, batch, build, build_lm, dictionary, task, trained
 
@@ -214,13 +214,6 @@ def test_a_row_with_no_key_left_stays_finite() -> None:
     x, padding = torch.randn(4, 2, 64), torch.tensor([[False] * 4, [True] * 4])
     out, _ = attention(x, x, x, key_padding_mask=padding, need_weights=False)
     assert out.isfinite().all()
-
-
-def test_torchscript_runs_and_agrees() -> None:
-    for options in ({}, {"share_all_embeddings": True}):
-        model, inputs = trained(build(**options)), batch()
-        scripted = torch.jit.script(model)
-        torch.testing.assert_close(scripted(**inputs)[0], model(**inputs)[0])
 
 
 def test_checkpointed_activations_give_the_same_gradients() -> None:
@@ -428,13 +421,47 @@ def test_modules_are_called_on_every_path() -> None:
     assert isinstance(attention.out_proj, nn.Linear)
 
 
-@pytest.mark.parametrize("kind", [LinearBias, LinearMultiplier, BiasLinearMultiplier])
-def test_scalars_may_ride_in_weights_and_biases(kind: type[nn.Linear]) -> None:
-    """Many rows take one way, few rows the other; values and gradients are the same."""
-    layer = kind(6, 8).double()
+SCALARS = {
+    "none": {},
+    "fc1": {"after": ScalarBias},
+    "out_proj": {"multiplier": ScalarMultiplier},
+    "fc2": {"before": ScalarBias, "multiplier": ScalarMultiplier},
+    "all": {"before": ScalarBias, "multiplier": ScalarMultiplier, "after": ScalarBias},
+}
+
+
+def _scalar_linear(name: str, bias: bool) -> ScalarLinear:
+    """6 -> 8 in double precision, every parameter with a value of its own."""
+    torch.manual_seed(0)
+    made = {slot: make() for slot, make in SCALARS[name].items()}
+    layer = ScalarLinear(6, 8, bias=bias, **made).double()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_()
+    return layer
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-vector", "vector"])
+@pytest.mark.parametrize("name", SCALARS)
+def test_a_linear_layer_adds_multiplies_and_adds(name: str, bias: bool) -> None:
+    """Fused, in parts, folded and kept for generation: what the formula says."""
+    layer, x = _scalar_linear(name, bias), torch.randn(40, 6, dtype=torch.float64)
+    values = {slot: getattr(layer, slot).value().item() for slot in SCALARS[name]}
+    vector = layer.bias if bias else torch.zeros(8, dtype=torch.float64)
+    inner = (x + values.get("before", 0.0)) @ layer.weight.T + vector
+    expected = inner * values.get("multiplier", 1.0) + values.get("after", 0.0)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x[:1]), expected[:1])
+    torch.testing.assert_close(F.linear(x, *layer.folded()), expected)
+    layer.make_generation_fast_()
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x[:1]), expected[:1])
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_scalars_may_ride_in_weights_and_biases(name: str) -> None:
+    """Many rows take one way, few rows the other; values and gradients are the same."""
+    layer = _scalar_linear(name, bias=True)
     rows = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(40, 8, dtype=torch.float64)
     whole = layer(rows)

@@ -135,6 +135,23 @@ def test_folded_weights_are_those_of_a_plain_transformer() -> None:
         torch.testing.assert_close(plain(*inputs)[0], model(*inputs)[0], rtol=1e-4, atol=1e-4)
 
 
+def test_folded_weights_are_copies() -> None:
+    """Also those that no scalar multiplies."""
+    model, _ = _model("tiny")
+    before = {name: weight.clone() for name, weight in fold_transformer(model).items()}
+    for weight in fold_transformer(model).values():
+        weight.fill_(7.0)
+    after = fold_transformer(model)
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+def test_a_slot_with_a_norm_is_refused() -> None:
+    model, _ = _model("tiny")
+    model.decoder.layers[1].final_layer_norm = torch.nn.LayerNorm(64)
+    with pytest.raises(UserError, match="a LayerNorm cannot be folded"):
+        fold_transformer(model)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
