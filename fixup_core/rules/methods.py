@@ -91,25 +91,21 @@ class Method:
         """Whether it has any of rule 3's scalars."""
         return self.biases or self.multiplier is not None
 
+    def scalar_bias(self) -> ScalarBias | None:
+        """The scalar bias before a weight layer or activation."""
+        return ScalarBias() if self.biases else None
+
+    def scalar_multiplier(self) -> ScalarMultiplier | None:
+        """The scalar multiplier behind a branch."""
+        return None if self.multiplier is None else ScalarMultiplier(self.multiplier)
+
     def make_bias(self) -> nn.Module:
-        """What stands before a weight layer: a scalar bias or nothing."""
-        return ScalarBias() if self.biases else nn.Identity()
+        """``scalar_bias`` as a module that can be called: the identity where there is none."""
+        return self.scalar_bias() or nn.Identity()
 
     def make_multiplier(self) -> nn.Module:
-        """What stands behind a branch: a scalar multiplier or nothing."""
-        return nn.Identity() if self.multiplier is None else ScalarMultiplier(self.multiplier)
-
-    def check_norm(self, known: Collection[str], kind: str) -> None:
-        """Raise unless the method has no norm, or one of those ``known`` to a kind of network.
-
-        Raises:
-            UserError: The method is not defined for that kind of network.
-        """
-        if self.norm is not None and self.norm not in known:
-            raise UserError(
-                f"the method {self.name!r} is not defined for {kind}: it has {self.norm} "
-                f"normalisation; choose one of {', '.join(methods_for(known))}"
-            )
+        """``scalar_multiplier`` as a module that can be called."""
+        return self.scalar_multiplier() or nn.Identity()
 
 
 PAPER = "Zhang, Dauphin, Ma 2019"
@@ -220,6 +216,27 @@ def method_named(name: str | Method) -> Method:
     return METHODS[name]
 
 
-def methods_for(norms: Collection[str]) -> list[str]:
-    """Names of the methods without norms, and of those with one of ``norms``."""
-    return [m.name for m in METHODS.values() if m.norm is None or m.norm in norms]
+def check_defined(
+    method: Method, nets: str, *, norms: Collection[str], data: bool = True
+) -> Method:
+    """The method, where it is defined for a kind of network.
+
+    Args:
+        method: Of the registry.
+        nets: The kind, as the message names it: "ResNets".
+        norms: The norms that such a network can have.
+        data: Whether there is a batch when its weights are written.
+
+    Raises:
+        UserError: It is not defined; those that are, are named.
+    """
+
+    def defined(one: Method) -> bool:
+        return (one.norm is None or one.norm in norms) and (data or not one.unit_variance)
+
+    if not defined(method):
+        known = ", ".join(one.name for one in METHODS.values() if defined(one))
+        raise UserError(
+            f"the method {method.name!r} is not defined for {nets}; choose one of {known}"
+        )
+    return method

@@ -18,8 +18,8 @@ class Row:
         std: Standard deviation it was drawn with; 0 for a constant.
         branch: Path of its residual branch, else "".
         m: Weight layers in the branch.
-        L: Number of branches the factor was computed with.
-        factor: What rule 2 multiplied the standard deviation by; 0 for a branch's last layer.
+        L: Residual branches of the network.
+        factor: What the method multiplied the standard deviation by; 0 for a branch's last layer.
         standard: The distribution's name.
         value: The value of a scalar or bias vector.
     """

@@ -127,11 +127,16 @@ class FixupAttention(MultiheadAttention):
         self.out_proj = quant_noise(last, q_noise, qn_block_size)
         keep_for_generation(self, "kept_packed", "kept_packed_bias")
 
-    def branch(self, name: str, assumed_num_branches: int | None = None) -> ResidualBranch:
-        """M = 4: q, k, v and the output projection."""
-        inputs = (self.q_proj, self.k_proj, self.v_proj)
-        layers = (*(WeightLayer(p, PACKED_XAVIER_UNIFORM) for p in inputs),)
-        return ResidualBranch(name, (*layers, WeightLayer(self.out_proj)), assumed_num_branches)
+    def branch(self, name: str, stack: str) -> ResidualBranch:
+        """M = 4: queries, keys, values and the output projection."""
+        inputs = {"query": self.q_proj, "key": self.k_proj, "value": self.v_proj}
+        layers = [
+            WeightLayer(projection, role=role, standard=PACKED_XAVIER_UNIFORM)
+            for role, projection in inputs.items()
+        ]
+        kind = "cross_attention" if self.encoder_decoder_attention else "self_attention"
+        last = WeightLayer(self.out_proj, role="out")
+        return ResidualBranch(name, (*layers, last), kind, stack)
 
     def forward(
         self,

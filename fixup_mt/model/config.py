@@ -24,6 +24,8 @@ from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from fixup_core import METHODS, Method
+from fixup_core.rules.methods import check_defined, method_named
 from fixup_mt.errors import UserError
 
 PREFIX = "fixup_"
@@ -76,6 +78,9 @@ def _option(default: Any, text: str, choices: Iterable[str] = ()) -> Any:
 class FixupOptions:
     """The options ``--fixup-*``: their names, types, defaults and help texts stand here alone."""
 
+    method: str = _option(
+        "fixup", f"what makes the model trainable, of the registry: {', '.join(METHODS)}"
+    )
     scalar_lr_ratio: float = _option(
         1.0, "learning rate of Fixup's scalars divided by that of the weights"
     )
@@ -84,11 +89,6 @@ class FixupOptions:
         "what replaces a zero output layer when it shares the embeddings: leave (nothing), "
         "scale (logits times d^-1/2), gain (logits times a scalar that starts at 0)",
         choices=("leave", "scale", "gain"),
-    )
-    compat: str = _option(
-        "none",
-        "authors: scale cross-attention as the authors' code does, as if there were 12 branches",
-        choices=("none", "authors"),
     )
     autocast: str = _option(
         "none",
@@ -112,6 +112,16 @@ class FixupOptions:
         # fairseq's parsers leave None where the command line says nothing.
         values = {name: kinds[name](v) for name, v in given.items() if v is not None}
         return cls(**values)
+
+    @property
+    def record(self) -> Method:
+        """The method of ``--fixup-method``.
+
+        Raises:
+            UserError: There is no such method, or it is not defined for Transformers.
+        """
+        # fairseq builds a model before it has a batch.
+        return check_defined(method_named(self.method), "Transformers", norms=(), data=False)
 
     @property
     def precision(self) -> torch.dtype | None:

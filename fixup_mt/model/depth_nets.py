@@ -5,8 +5,6 @@ A depth is a number of layers of the encoder, and of the decoder: L is five time
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +14,8 @@ from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 from torch import nn
 
-from fixup_core import branch_scale, fixup_init_
-from fixup_core.rules.scaling import unit_scale
-from fixup_mt.errors import UserError
+from fixup_core import initialise_
+from fixup_mt.model.config import FixupOptions
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 SENTENCES, SOURCE, TARGET, WORDS = 8, 7, 6, 40
@@ -29,44 +26,17 @@ SIZES = {
 }
 
 
-def attention_as_two(num_branches: int, layers_per_branch: int) -> float:
-    """The factor of m = 2 for every branch.
-
-    In an attention branch only v and the output projection multiply the output: q and k go
-    through the softmax.
-    """
-    return branch_scale(num_branches, 2)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How a Transformer is scaled: the factor inside a branch, and the model's own option."""
-
-    factor: Callable[[int, int], float] = branch_scale
-    compat: str = "none"
-
-
-RULES = {
-    "fixup": Rule(),
-    "authors": Rule(compat="authors"),
-    "no_factor": Rule(unit_scale),
-    "attention_as_two": Rule(attention_as_two),
-}
-
-
-def transformer(rule: str = "fixup") -> dict[str, Any]:
+def transformer(method: str = "fixup") -> dict[str, Any]:
     """Encoder and decoder, 32 wide, without dropout.
 
     Args:
-        rule: "fixup"; "authors": with their slip in cross-attention; "no_factor"; or
-            "attention_as_two".
+        method: Of the registry: "fixup", "fixup_authors" with their slip in cross-attention,
+            "fixup_no_factor", "fixup_attention_m2", ...
 
     Raises:
-        UserError: There is no such rule.
+        UserError: There is no such method, or it is not defined for Transformers.
     """
-    if rule not in RULES:
-        raise UserError(f"the rule is {rule!r}; choose one of {', '.join(RULES)}")
-    chosen = RULES[rule]
+    _ = FixupOptions(method=method).record  # an unknown one is refused here
     dictionary = Dictionary()
     for i in range(WORDS):
         dictionary.add_symbol(f"w{i}")
@@ -74,9 +44,9 @@ def transformer(rule: str = "fixup") -> dict[str, Any]:
 
     def make_net(depth: int) -> nn.Module:
         layers = {"encoder_layers": depth, "decoder_layers": depth}
-        cfg = {"_name": "transformer_fixup", "fixup_compat": chosen.compat, "dropout": 0.0}
+        cfg = {"_name": "transformer_fixup", "fixup_method": method, "dropout": 0.0}
         net = models.build_model(OmegaConf.create(cfg | SIZES | layers), task)
-        fixup_init_(net, rule=chosen.factor)
+        initialise_(net, method)  # the second draw is the one that the documented figures show
         return net
 
     return {

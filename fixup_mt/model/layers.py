@@ -1,9 +1,9 @@
-"""Transformer layers without normalisation.
+"""Transformer layers without normalisation, with what a method puts around their weights.
 
 fairseq's layers keep their forward pass. Their layer-norm slots, which stand at the start of every
-branch (``normalize_before``), hold one scalar bias each; the linear layers bring the other scalars
-of rule 3. State dicts therefore have fairseq's own names, with ``*_layer_norm.weight`` the [1]
-bias before a branch.
+branch (``normalize_before``), hold one scalar bias each or nothing; the linear layers bring the
+other scalars of rule 3. State dicts therefore have fairseq's own names, with
+``*_layer_norm.weight`` the [1] bias before a branch.
 """
 
 from __future__ import annotations
@@ -16,61 +16,78 @@ from fairseq.modules.transformer_layer import (
     TransformerDecoderLayerBase,
     TransformerEncoderLayerBase,
 )
-from torch import nn
+from torch import Tensor, nn
 
-from fixup_core import ResidualBranch, ScalarBias, ScalarMultiplier, WeightLayer
+from fixup_core import Residual, ResidualBranch, WeightLayer
 from fixup_mt.model.attention import FixupAttention
 from fixup_mt.model.linears import ScalarLinear
 
-AUTHORS_CROSS_ATTENTION_BRANCHES = 12
-"""The default their code falls back to for cross-attention, whatever the depth."""
 
+class _FixupLayer(nn.Module):
+    """What the layers of both stacks share: what stands around the weights is the method's."""
 
-class FixupEncoderLayer(TransformerEncoderLayerBase):
-    """Self-attention (m = 4) and feed-forward (m = 2), each a Fixup branch."""
+    stack: str
 
-    def __init__(self, cfg: Any, return_fc: bool = False) -> None:
-        super().__init__(cfg, return_fc=return_fc)
-        self.self_attn_layer_norm = ScalarBias()
-        self.final_layer_norm = ScalarBias()
-
-    def residual_branches(self) -> Iterator[ResidualBranch]:
-        yield self.self_attn.branch("self_attn")
-        yield _ffn_branch(self)
+    def __init__(self, cfg: Any, *args: Any, **options: Any) -> None:
+        # fairseq's constructor calls the hooks below, which ask for it.
+        self.method = cfg.fixup.record
+        super().__init__(cfg, *args, **options)
+        self.residual = Residual()
+        self.self_attn_layer_norm = self.method.make_bias()
+        self.final_layer_norm = self.method.make_bias()
 
     def build_fc1(self, input_dim: int, output_dim: int, q_noise: float, size: int) -> nn.Module:
-        first = ScalarLinear(input_dim, output_dim, after=ScalarBias())
+        after, vector = self.method.scalar_bias(), self.method.bias_vectors
+        first = ScalarLinear(input_dim, output_dim, after=after, bias=vector)
         return quant_noise(first, q_noise, size)
 
     def build_fc2(self, input_dim: int, output_dim: int, q_noise: float, size: int) -> nn.Module:
-        before, multiplier = ScalarBias(), ScalarMultiplier()
-        last = ScalarLinear(input_dim, output_dim, before=before, multiplier=multiplier)
+        last = ScalarLinear(
+            input_dim,
+            output_dim,
+            before=self.method.scalar_bias(),
+            multiplier=self.method.scalar_multiplier(),
+            bias=self.method.bias_vectors,
+        )
         return quant_noise(last, q_noise, size)
+
+    def residual_connection(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Fairseq's hook: ``x`` is the branch, whose multiplier is part of its last layer."""
+        return self.residual(residual, x)
+
+    def _ffn_branch(self) -> ResidualBranch:
+        layers = (WeightLayer(self.fc1, role="fc1"), WeightLayer(self.fc2, role="fc2"))
+        return ResidualBranch("ffn", layers, "feed_forward", self.stack)
+
+
+class FixupEncoderLayer(_FixupLayer, TransformerEncoderLayerBase):
+    """Self-attention (m = 4) and feed-forward (m = 2)."""
+
+    stack = "encoder"
+
+    def residual_branches(self) -> Iterator[ResidualBranch]:
+        yield self.self_attn.branch("self_attn", self.stack)
+        yield self._ffn_branch()
 
     def build_self_attention(self, embed_dim: int, cfg: Any) -> FixupAttention:
         return _attention(self, embed_dim, cfg, cfg.encoder, self_attention=True)
 
 
-class FixupDecoderLayer(TransformerDecoderLayerBase):
+class FixupDecoderLayer(_FixupLayer, TransformerDecoderLayerBase):
     """Self-attention and, unless ``no_encoder_attn``, cross-attention (m = 4), feed-forward."""
+
+    stack = "decoder"
 
     def __init__(self, cfg: Any, no_encoder_attn: bool = False) -> None:
         super().__init__(cfg, no_encoder_attn)
-        self.self_attn_layer_norm = ScalarBias()
-        self.final_layer_norm = ScalarBias()
         if self.encoder_attn is not None:
-            self.encoder_attn_layer_norm = ScalarBias()
-        authors = cfg.fixup.compat == "authors"
-        self.cross_attention_branches = AUTHORS_CROSS_ATTENTION_BRANCHES if authors else None
+            self.encoder_attn_layer_norm = self.method.make_bias()
 
     def residual_branches(self) -> Iterator[ResidualBranch]:
-        yield self.self_attn.branch("self_attn")
+        yield self.self_attn.branch("self_attn", self.stack)
         if self.encoder_attn is not None:
-            yield self.encoder_attn.branch("encoder_attn", self.cross_attention_branches)
-        yield _ffn_branch(self)
-
-    build_fc1 = FixupEncoderLayer.build_fc1
-    build_fc2 = FixupEncoderLayer.build_fc2
+            yield self.encoder_attn.branch("encoder_attn", self.stack)
+        yield self._ffn_branch()
 
     def build_self_attention(
         self, embed_dim: int, cfg: Any, add_bias_kv: bool = False, add_zero_attn: bool = False
@@ -87,13 +104,10 @@ def _attention(layer: Any, embed_dim: int, cfg: Any, stack: Any, **kind: Any) ->
     return FixupAttention(
         embed_dim,
         stack.attention_heads,
-        multiplier=ScalarMultiplier(),
+        multiplier=layer.method.scalar_multiplier(),
+        bias=layer.method.bias_vectors,
         dropout=cfg.attention_dropout,
         q_noise=layer.quant_noise,
         qn_block_size=layer.quant_noise_block_size,
         **kind,
     )
-
-
-def _ffn_branch(layer: Any) -> ResidualBranch:
-    return ResidualBranch("ffn", (WeightLayer(layer.fc1), WeightLayer(layer.fc2)))

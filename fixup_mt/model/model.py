@@ -15,7 +15,7 @@ from fairseq.modules import CharacterTokenEmbedder
 from omegaconf import DictConfig
 from torch import nn
 
-from fixup_core import anchor_scalars_, anchored_rate, fixup_init_
+from fixup_core import anchor_scalars_, anchored_rate, initialise_
 from fixup_mt.errors import UserError
 from fixup_mt.model.config import (
     FixupLanguageModelConfig,
@@ -109,11 +109,11 @@ class FixupLanguageModel(TransformerLanguageModel):
 def _initialise_(
     model: Any, options: FixupOptions, optimizer: str, *, keep: Iterable[nn.Parameter]
 ) -> None:
-    """Anchor the scalars at the rate the optimiser needs, then write all weights."""
+    """Anchor the scalars at the rate the optimiser needs, then write all weights by the method."""
     try:
         rate = anchored_rate(options.scalar_lr_ratio, optimizer)
     except ValueError as error:
         raise UserError(f"--fixup-scalar-lr-ratio: {error}") from error
     anchor_scalars_(model, rate)
-    model.fixup_report = fixup_init_(model, keep=keep)
-    logger.info("Fixup: %s", model.fixup_report.summary())
+    model.fixup_report = initialise_(model, options.record, keep=keep)
+    logger.info("%s: %s", options.method, model.fixup_report.summary())

@@ -15,7 +15,7 @@ from fairseq.models.transformer import TransformerDecoderBase, TransformerEncode
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
-from fixup_core import ScalarBias, ScalarMultiplier
+from fixup_core import ScalarMultiplier
 from fixup_mt.model.beams import reorder_encoder_out
 from fixup_mt.model.layers import FixupDecoderLayer, FixupEncoderLayer
 from fixup_mt.model.linears import TiedProjection
@@ -27,7 +27,10 @@ class FixupEncoder(TransformerEncoderBase):
 
     def __init__(self, cfg: Any, dictionary: Any, embed_tokens: nn.Module) -> None:
         super().__init__(cfg, dictionary, embed_tokens)
-        self.layer_norm = nn.Sequential(ScalarBias(), ScalarMultiplier())
+        method = cfg.fixup.record
+        # Not the branches' multiplier, which may start elsewhere than at 1.
+        end = ScalarMultiplier() if method.multiplier is not None else nn.Identity()
+        self.layer_norm = nn.Sequential(method.make_bias(), end)
         self.vocabulary = VocabularyDigest(dictionary, "source")
         self.autocast = cfg.fixup.precision
         self.compiles = cfg.fixup.compile
@@ -75,7 +78,7 @@ class FixupDecoder(TransformerDecoderBase):
         self, cfg: Any, dictionary: Any, embed_tokens: nn.Module, no_encoder_attn: bool = False
     ) -> None:
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
-        self.layer_norm = ScalarBias()
+        self.layer_norm = cfg.fixup.record.make_bias()
         self.vocabulary = VocabularyDigest(dictionary, "target")
         self.autocast = cfg.fixup.precision
         self.compiles = cfg.fixup.compile

@@ -26,6 +26,7 @@ from fixup_core.errors import UserError
 from fixup_core.fuse import ops
 from fixup_core.fuse.fold import floor_of, folded_convolution
 from fixup_core.fuse.ops import ActivationScalars
+from fixup_core.rules.methods import check_defined
 from fixup_core.rules.standards import TORCH_DEFAULT
 from vision.nets.blocks import ORDERS, SHORTCUTS, Block, Design, make_block
 from vision.nets.folded import FoldedHead
@@ -269,6 +270,6 @@ def _check(design: Design) -> None:
     choose("order", design.order, ORDERS)
     if not 0 <= design.dropout < 1:
         raise UserError(f"dropout is {design.dropout}: take a number from 0 to below 1")
-    design.method.check_norm(NORMS, "ResNets")
+    check_defined(design.method, "ResNets", norms=NORMS)
     if design.method.needs_branches and design.shortcut == "none":
         raise UserError("this method is made of residual branches: a plain network has none")

@@ -15,14 +15,14 @@ from fixup_mt.model.model import FixupLanguageModel, FixupTransformerModel
 from tests.mt.helpers import build
 
 GIVEN = {
+    "fixup_method": "fixup_authors",
     "fixup_scalar_lr_ratio": 0.25,
     "fixup_tied_output": "gain",
-    "fixup_compat": "authors",
     "fixup_autocast": "bf16",
     "fixup_compile": True,
     "fixup_log_gradients": True,
 }
-OTHER = FixupOptions(0.25, "gain", "authors", "bf16", True, True)
+OTHER = FixupOptions("fixup_authors", 0.25, "gain", "bf16", True, True)
 
 
 def test_every_option_is_read_from_any_configuration() -> None:

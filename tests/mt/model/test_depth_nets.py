@@ -20,14 +20,14 @@ FEWER = {"depths": (1, 3, 9), "seeds": 8}
 
 
 @cache
-def _check(rule: str, ending: str = "") -> DepthCheck:
-    options = transformer(rule) | FEWER
+def _check(method: str, ending: str = "") -> DepthCheck:
+    options = transformer(method) | FEWER
     return depth_check(**options, moved=partial(branch_weights, ending=ending))
 
 
 def test_feed_forward_branches_are_flat() -> None:
     assert _check("fixup", "ffn").verdict == "flat"
-    assert _check("no_factor", "ffn").slope.value == pytest.approx(1, abs=0.15)
+    assert _check("fixup_no_factor", "ffn").slope.value == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.parametrize("ending", ["self_attn", "encoder_attn"])
@@ -38,28 +38,28 @@ def test_attention_counted_as_four_layers_grows(ending: str) -> None:
 
 
 def test_attention_counted_as_two_layers_is_flat() -> None:
-    assert _check("attention_as_two").verdict == "flat"
-    assert _check("attention_as_two", "encoder_attn").verdict == "flat"
+    assert _check("fixup_attention_m2").verdict == "flat"
+    assert _check("fixup_attention_m2", "encoder_attn").verdict == "flat"
 
 
 def test_cross_attention_scaled_for_twelve_branches_grows_faster() -> None:
     """A factor that does not know the depth is no factor: the slope is 1."""
-    theirs, ours = _check("authors", "encoder_attn"), _check("fixup", "encoder_attn")
+    theirs, ours = _check("fixup_authors", "encoder_attn"), _check("fixup", "encoder_attn")
     assert theirs.slope.value == pytest.approx(1, abs=0.1)
     assert theirs.slope.low > ours.slope.high
 
 
 def test_the_slip_is_in_cross_attention_alone() -> None:
-    def sizes(rule: str, ending: str):
+    def sizes(method: str, ending: str):
         moved = partial(branch_weights, ending=ending)
-        return depth_check(**transformer(rule) | {"depths": (1, 2, 3), "seeds": 1}, moved=moved)
+        return depth_check(**transformer(method) | {"depths": (1, 2, 3), "seeds": 1}, moved=moved)
 
-    assert sizes("authors", "self_attn") == sizes("fixup", "self_attn")
-    assert sizes("authors", "encoder_attn") != sizes("fixup", "encoder_attn")
+    assert sizes("fixup_authors", "self_attn") == sizes("fixup", "self_attn")
+    assert sizes("fixup_authors", "encoder_attn") != sizes("fixup", "encoder_attn")
 
 
-def test_an_unknown_rule() -> None:
-    with pytest.raises(UserError, match="choose one of fixup, authors"):
+def test_an_unknown_method() -> None:
+    with pytest.raises(UserError, match="did you mean 'fixup'"):
         transformer("fixpu")
 
 
@@ -71,3 +71,9 @@ def test_attention_in_double_precision_is_computed_in_it() -> None:
     by_weights, _ = attention(x, x, x, need_weights=True)
     torch.testing.assert_close(fused, by_weights, rtol=1e-12, atol=1e-12)
     assert not torch.equal(fused, fused.float().double())
+
+
+@pytest.mark.parametrize("method", ["batchnorm", "groupnorm", "zeroinit", "lsuv"])
+def test_a_method_that_is_not_defined_for_transformers(method: str) -> None:
+    with pytest.raises(UserError, match=f"'{method}' is not defined for Transformers; choose one"):
+        transformer(method)

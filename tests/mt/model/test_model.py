@@ -75,14 +75,16 @@ def test_packed_fan_of_the_authors_code() -> None:
     )
 
 
-def test_authors_compat_scales_cross_attention_with_twelve_branches_and_nothing_else() -> None:
+def test_the_authors_method_scales_cross_attention_with_twelve_branches_and_nothing_else() -> None:
     sizes = {"encoder_layers": 6, "decoder_layers": 6}
     ours = {row.name: row for row in build(**sizes).fixup_report.rows}
-    theirs = {row.name: row for row in build(**sizes, fixup_compat="authors").fixup_report.rows}
+    theirs = {
+        row.name: row for row in build(**sizes, fixup_method="fixup_authors").fixup_report.rows
+    }
     differing = {name for name in ours if ours[name] != theirs[name]}
     assert differing == {name for name in ours if "encoder_attn" in name and "proj.weight" in name}
     row = theirs["decoder.layers.0.encoder_attn.q_proj.weight"]
-    assert row.factor == pytest.approx(12 ** (-1 / 6)) and row.L == 12
+    assert row.factor == pytest.approx(12 ** (-1 / 6)) and row.L == 30
 
 
 def test_logits_and_branches_start_at_zero() -> None:

@@ -32,10 +32,10 @@ def test_without_the_factor_it_grows_as_the_depth(net) -> None:
     assert check.verdict == "growing" and check.slope.value == pytest.approx(1, abs=0.25)
 
 
-@pytest.mark.parametrize("rule", ["none", "batchnorm"])
-def test_other_methods_grow(rule: str) -> None:
+@pytest.mark.parametrize("method", ["none", "batchnorm"])
+def test_other_methods_grow(method: str) -> None:
     with pytest.raises(AssertionError, match="growing"):
-        assert_depth_stable(**cifar(rule) | FEWER)
+        assert_depth_stable(**cifar(method) | FEWER)
 
 
 def test_a_last_gain_at_0_is_told() -> None:
@@ -46,5 +46,5 @@ def test_a_last_gain_at_0_is_told() -> None:
 def test_depths_that_do_not_fill_three_stages() -> None:
     with pytest.raises(UserError, match="multiple of 3"):
         cifar()["make_net"](8)
-    with pytest.raises(UserError, match="choose one of"):
+    with pytest.raises(UserError, match="did you mean 'fixup'"):
         cifar("fixpu")

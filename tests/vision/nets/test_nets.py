@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fixup_core import METHODS, Scalar, collect_branches
+from fixup_core.errors import UserError
 from tests.vision.reference import authors_cifar_resnet, authors_imagenet_resnet
-from vision.nets import FAMILIES, build_net, load_reference_state_dict
+from vision.nets import FAMILIES, build_net, check_net, load_reference_state_dict
 from vision.nets.blocks import Block
+from vision.nets.families import Family
 
 SMALL = {
     "cifar_resnet8": {"width": 4},
@@ -226,6 +229,8 @@ def test_highway_gates_start_by_carrying() -> None:
         ("cifar_resnet20", {"shortcut": "D"}, "shortcut is 'D'; choose one of A, B, C, none"),
         ("cifar_resnet20", {"shortcut": "none"}, "a plain network has none"),
         ("cifar_resnet20", {"widht": 3}, "has no option 'widht'; did you mean width"),
+        ("cifar_resnet20", {"width": "wide"}, "the option width is 'wide': give a whole number"),
+        ("cifar_resnet20", {"checkpointing": 1}, "checkpointing is 1: give true or false"),
         ("cifar_wrn10_1", {"method": "zeroinit"}, "no branch of ResNet ends with"),
     ],
 )
@@ -234,13 +239,19 @@ def test_what_cannot_be_built_is_told(name: str, options: dict, says: str) -> No
         build_net(name, **options)
 
 
-def test_every_family_has_an_example_that_parses() -> None:
-    assert len(FAMILIES) == 5
-    assert build_net("cifar_resnet20", num_classes=10).head.fc.out_features == 10
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.example)
+def test_the_example_of_a_family_is_one_of_its_networks(family: Family) -> None:
+    match = re.fullmatch(family.pattern, family.example)
+    assert match and all(int(number) > 1 for number in match.groups())
+    others = [f for f in FAMILIES if f is not family and re.fullmatch(f.pattern, family.example)]
+    assert not others
+    check_net(family.example, method="none")  # builds it, without memory
+    with pytest.raises(UserError):
+        check_net(family.example + "x", method="none")
 
 
 @pytest.mark.slow
-def test_ten_thousand_layers_build_in_half_a_minute() -> None:
+def test_ten_thousand_layers_build() -> None:
     net = build_net("cifar_resnet10004", method="fixup")
     assert len(net.blocks()) == 5001
 
