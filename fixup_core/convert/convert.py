@@ -42,35 +42,37 @@ def fixup_(
 ) -> ConversionReport:
     """Make ``net`` a Fixup network (Zhang et al. 2019, section 4), in place.
 
-    Its residual branches are found; normalisation layers become the identity; scalars are
-    attached: a bias before every weight layer of a branch, before the head and before every
-    activation, a multiplier behind every branch; the weights in the branches are drawn anew by the
-    rules, the last layer of each branch and the head are 0. Parameters that stay keep their names.
-    What lies outside the branches (stem, projections, embeddings) stays as it is, as do gates.
-    Parametrised weights (weight norm's) stay parametrised, and are given what the rules draw.
+    The residual branches are found. Normalisation layers become the identity. Scalars are attached:
+    a bias before every weight layer of a branch, before the head and before every activation, a
+    multiplier behind every branch. The weights in the branches are drawn anew by the rules; the
+    last layer of each branch and the head are 0. What lies outside the branches (stem, projections,
+    embeddings) stays as it is, as do gates. Parameters keep their names, and parametrised weights
+    (weight norm's) their parametrisation.
 
     Differs: m counts the layers whose product a branch is. In attention these are values and
     output, m = 2, where the paper counts queries and keys too, m = 4; with 4 one step's change
     grows with depth (docs/depth-check.md).
 
     Args:
-        net: Any; with its scalars in the direct form (``param_groups`` gives them their rate).
+        net: Any network. Its scalars have the direct form; ``param_groups`` gives them their rate.
         example_inputs: A batch as the network takes it: a tensor, a tuple of arguments or a mapping
-            of named ones. It is traced with it, in training mode; no number is computed.
-        method: Of the registry, one without norms that scales branches: "fixup" or an ablation.
-        branches: Instead of tracing: for each branch the paths of its weight layers in order,
+            of named ones. The network is traced with it, in training mode, without computing a
+            number.
+        method: A name in ``METHODS``, or a record, without norms: "fixup" or an ablation of it.
+        branches: For each branch the paths of its weight layers in order, in place of tracing:
             ``{"block1": ["block1.conv1", "block1.conv2"]}``. A network whose modules have
             ``residual_branches()`` needs neither.
-        head: Path of the output layer, where it is not the last weight layer; False for none.
+        head: Path of the output layer, where it is not the last weight layer; False where there is
+            no output layer.
         keep_norms: Leave the normalisation layers.
-        norm_types: More types of normalisation layers than PyTorch's.
-        allow: Paths of modules or parameters in branches that no rule covers, to be left as they
-            are.
-        calibrate: ``example_inputs`` are a batch of real data, and what the norms have done to it
-            stays: the biases before weight layers start at minus the mean of what comes in, and
-            norms outside the branches, or before a branch's first layer, become constants
-            (``convert.calibration``). Not in the paper; data-dependent as LSUV is (Mishkin and
-            Matas 2016), of scalars and constants only. Clip the gradients of such a network.
+        norm_types: Types of normalisation layers besides PyTorch's own.
+        allow: Paths of modules, or names of parameters, in branches. They are left as they are
+            where no rule covers them.
+        calibrate: Keep what the norms did to ``example_inputs``, a batch of real data. The biases
+            before weight layers start at minus the mean of what comes in; norms outside the
+            branches, or before a branch's first layer, become constants (``convert.calibration``).
+            Not in the paper; LSUV sets weights by a batch (Mishkin and Matas 2016), this sets
+            scalars and constants alone. Clip the gradients of such a network.
         generator: Source of the random numbers; PyTorch's own by default.
         verbose: Print the report.
 
@@ -78,11 +80,11 @@ def fixup_(
         What was found and done; ``str()`` of it is a table.
 
     Raises:
-        UserError: No branch, a branch of one weight layer, branches in branches, layers side by
-            side, a weight that is frozen or used twice, a branch used elsewhere, a parameter that
-            no rule covers, a parametrised weight that cannot take every value (spectral norm's), a
-            network that cannot be traced, a method that is not for networks without norms. The
-            network is as it was.
+        UserError: There is no branch, or one of one weight layer, with branches in it, with layers
+            side by side, or that is used elsewhere; a weight is used twice; a parameter that would
+            be written is frozen, or no rule covers it; a parametrised weight cannot take every
+            value (spectral norm's); the network cannot be traced; the method has norms. The network
+            is as it was.
     """
     method = _without_norms(method)
     _check_arguments(net, example_inputs, keep_norms, calibrate)
@@ -110,7 +112,11 @@ def fixup_(
 
 
 def _without_norms(method: str | Method) -> Method:
-    """The record, of a method that ``fixup_`` can apply."""
+    """The record of a method.
+
+    Raises:
+        UserError: ``fixup_`` cannot apply it.
+    """
 
     def fits(method: Method) -> bool:
         return method.norm is None and method.standard is None
@@ -131,7 +137,7 @@ def _check_arguments(
         )
     if calibrate and (example_inputs is None or keep_norms):
         raise UserError(
-            "calibrate=True needs a batch of real data, example_inputs=, and norms to take away "
+            "calibrate=True needs a batch of real data, example_inputs=, and norms to remove "
             "(keep_norms=False)"
         )
 
