@@ -185,7 +185,7 @@ def test_what_is_allowed_is_a_path_and_no_prefix() -> None:
         assert {"bs.1", "bs.10"} <= set(report.kept)
 
 
-STEPS = ["apply_", "initialise_", "calibrate_", "_report"]
+STEPS = ["apply._attach_scalars_", "convert.initialise_", "convert.calibrate_", "convert._report"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -193,7 +193,7 @@ def test_a_failure_half_way_is_undone(step: str, monkeypatch: pytest.MonkeyPatch
     def fail(*args: Any, **kwargs: Any) -> None:
         raise UserError("halfway")
 
-    monkeypatch.setattr(f"fixup_core.convert.convert.{step}", fail)
+    monkeypatch.setattr(f"fixup_core.convert.{step}", fail)
     drawn = torch.Generator()
     options: Any = {"example_inputs": IMAGES, "calibrate": True, "generator": drawn}
     assert_refused(PreActivation(), "halfway", **options)
