@@ -1,12 +1,12 @@
 """Other people's networks, as they are and after ``fixup_``: speed, and what a small budget gives.
 
 ``python benchmarks/convert.py --images cifar10-jpeg.tar.xz --text train.en --output runs/convert``
-trains each network for ``--steps`` steps on CIFAR-10 (a tree or an archive of images; the
-Transformers on the bytes of a text), as it is and converted (``calibrate=True``), from the same
-seed, four times each: as it is with four learning rates, converted with the two in the middle and
-the rule's factors as they are and tripled. The best setting, by the loss on validation data, is
-trained from the other ``--seeds`` too. Every finished training is a line of ``results.jsonl``;
-another start goes on behind it. ``--table`` prints all.
+trains each network for ``--steps`` steps, as it is and converted (``calibrate=True``), on CIFAR-10
+(a tree or an archive of images); the Transformers on the bytes of a text. Each has four trainings
+from one seed: as it is with four learning rates; converted with the two in the middle, and with the
+product of a branch's factors as it is and tripled. The best setting, by the loss on validation
+data, is trained from the other ``--seeds`` too. Every finished training is a line of
+``results.jsonl``; another start goes on behind it. ``--table`` prints all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,14 @@ class ByteModel(nn.Module):
 
 @dataclass(frozen=True)
 class Entry:
-    """A network, how large its images are (0: text), its learning rates."""
+    """A network, the side of its images (0: text) and its learning rates."""
 
     make: Callable[[], nn.Module]
     side: int
     rates: tuple[float, ...]
 
     def settings(self, contestant: str) -> list[tuple[float, float]]:
-        """Learning rate and scale of the rule: as many for each contestant."""
+        """Learning rates and scales of the rule, the same number for each contestant."""
         if contestant != "as it is":
             return [(lr, scale) for lr in self.rates[1:3] for scale in SCALES]
         return [(lr, 1.0) for lr in self.rates]
@@ -166,7 +166,7 @@ class Data:
             yield self._drawn(side, generator, valid=False)
 
     def validation(self, side: int) -> list[tuple[Tensor, Tensor]]:
-        """2,000 images, or as many stretches of text."""
+        """2,000 images or stretches of text."""
         generator = torch.Generator().manual_seed(2)
         return [self._drawn(side, generator, valid=True) for _ in range(2000 // self.batch)]
 
@@ -234,10 +234,20 @@ def _net(entry: Entry, contestant: str, data: Data, scale: float = 1.0, seed: in
             net,
             example_inputs=example,
             calibrate=contestant != UNCALIBRATED,
-            rule=lambda L, m: scale ** (1 / (m - 1)) * fc.branch_scale(L, m),
+            method=_method(scale),
             verbose=False,
         )
     return net.train()
+
+
+def _method(scale: float) -> fc.Method:
+    """Fixup with ``scale / sqrt(L)`` for the product of a branch's factors."""
+
+    def factor(place: fc.Place) -> float:
+        m = place.branch.layers_per_branch
+        return scale ** (1 / (m - 1)) * fc.branch_scale(place.num_branches, m)
+
+    return replace(fc.METHODS["fixup"], factor=factor)
 
 
 def _loss(net: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:

@@ -8,50 +8,56 @@ nothing, so that a network can still be copied, pickled and loaded.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from fixup_core.rules.scalars import ScalarBias, ScalarMultiplier
+from fixup_core.rules.scalars import Scalar, ScalarBias, ScalarMultiplier
 
 BEFORE, MULTIPLIER, AFTER = "fixup_before", "fixup_multiplier", "fixup_after"
+T = TypeVar("T")
 
 
-class Declared:
-    """What a network declares by a method that was given to it: an iterator over ``items``."""
+class Declared(Generic[T]):
+    """A method of one network that declares ``items``, as ``residual_branches()`` does."""
 
-    def __init__(self, items: Iterable[Any]) -> None:
+    def __init__(self, items: Iterable[T]) -> None:
         self.items = tuple(items)
 
-    def __call__(self) -> Iterator[Any]:
+    def __call__(self) -> Iterator[T]:
         return iter(self.items)
 
 
 def attach_before_(module: nn.Module) -> None:
-    """A scalar bias on what comes in: on the query of attention, and on keys and values that are
-    the same tensor.
+    """Add a scalar bias to what comes in.
+
+    In attention it is added to the query, and to keys and values that are the same tensor.
     """
-    module.add_module(BEFORE, ScalarBias())
+    _attach_(module, BEFORE, ScalarBias())
     module.register_forward_pre_hook(_add_before, with_kwargs=True)
 
 
 def attach_multiplier_(module: nn.Module, initial: float = 1.0) -> None:
-    """A scalar multiplier on what goes out."""
-    module.add_module(MULTIPLIER, ScalarMultiplier(initial))
+    """Multiply what goes out by a scalar that starts at ``initial``."""
+    _attach_(module, MULTIPLIER, ScalarMultiplier(initial))
     module.register_forward_hook(_multiply)
 
 
 def attach_after_(module: nn.Module) -> None:
-    """A scalar bias on what goes out, behind the multiplier."""
-    module.add_module(AFTER, ScalarBias())
+    """Add a scalar bias to what goes out, behind the multiplier."""
+    _attach_(module, AFTER, ScalarBias())
     module.register_forward_hook(_add_after)
+
+
+def _attach_(module: nn.Module, name: str, scalar: Scalar) -> None:
+    module.add_module(name, scalar.train(module.training))
 
 
 def _add_before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     entering = args[0] if args else kwargs.get("query", next(iter(kwargs.values())))
-    shifted = module.get_submodule(BEFORE)(entering)
-    args = tuple(shifted if given is entering else given for given in args)
-    return args, {k: shifted if given is entering else given for k, given in kwargs.items()}
+    biased = module.get_submodule(BEFORE)(entering)
+    args = tuple(biased if given is entering else given for given in args)
+    return args, {k: biased if given is entering else given for k, given in kwargs.items()}
 
 
 def _multiply(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -63,6 +69,6 @@ def _add_after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 
 def _on_first(scalar: nn.Module, output: Any) -> Any:
-    if isinstance(output, tuple):
+    if isinstance(output, tuple):  # attention returns its weights too
         return (scalar(output[0]), *output[1:])
     return scalar(output)

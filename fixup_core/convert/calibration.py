@@ -13,12 +13,11 @@ there. So what the branch learns is in proportion to the signal it is added to. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor, nn
 
 from fixup_core.convert.attach import BEFORE, MULTIPLIER
+from fixup_core.convert.plan import ConversionPlan
 from fixup_core.errors import UserError
 from fixup_core.probing import Inputs, in_training_mode, outputs_of
 from fixup_core.rules.frozen import FrozenNorm, frozen_norms
@@ -30,21 +29,40 @@ NOTHING = 1e-10
 
 
 @torch.no_grad()
-def calibrate_(
-    net: nn.Module, inputs: Inputs, before: Sequence[str], norms: Mapping[str, Sequence[str]]
-) -> None:
-    """Set, in one forward pass and in its order, the constants of ``net`` and its biases before
-    weight layers; and the multipliers of the branches that start with a constant.
+def calibrate_(net: nn.Module, inputs: Inputs, plan: ConversionPlan) -> None:
+    """Set the frozen norms of ``net``, its biases before weight layers, and the multipliers of the
+    branches that start with a frozen norm, by one forward pass.
 
     Args:
-        net: With scalars and constants as ``fixup_`` attaches them.
+        net: Converted by ``plan``, with frozen norms.
         inputs: A batch of real data.
-        before: Paths of the modules with a scalar bias on what comes in.
-        norms: Paths of what stands for a norm; for one that starts branches, of the modules with
-            the branches' multipliers.
+        plan: It says where the biases stand, and which branches a norm starts.
 
     Raises:
         UserError: The batch gives numbers that are not finite.
+    """
+    biases = [net.get_submodule(f"{path}.{BEFORE}") for path in plan.before]
+    found = _set_in_one_pass_(net, inputs, biases)
+    for frozen, (scale, shift) in found.items():
+        _write_(frozen, scale, shift)
+    for norm in plan.norms:
+        for path in norm.multiplied:
+            scale = net.get_buffer(f"{norm.path}.frozen.scale")
+            multiplier = net.get_parameter(f"{path}.{MULTIPLIER}.weight")
+            # A batch norm has a scale a channel and the branch one number: their harmonic mean.
+            multiplier.mul_(scale.pow(-2).mean().sqrt())
+    values = [number for m in (*found, *biases) for number in m.state_dict().values()]
+    if not all(value.isfinite().all() for value in values):
+        raise UserError("the example inputs give numbers that are not finite: scale them first")
+
+
+def _set_in_one_pass_(
+    net: nn.Module, inputs: Inputs, biases: list[nn.Module]
+) -> dict[FrozenNorm, tuple[Tensor, Tensor]]:
+    """Set the biases; return scale and shift of the frozen norms.
+
+    Each is set just before it runs, so that all that follow see what it gives. One that runs twice
+    is set by its first call.
     """
     found: dict[FrozenNorm, tuple[Tensor, Tensor]] = {}
     reached: set[nn.Module] = set()
@@ -52,32 +70,24 @@ def calibrate_(
     def keep_statistics(module: FrozenNorm, args: tuple[Tensor, ...]) -> None:
         if module not in found:
             found[module] = _statistics(module, args[0])
-            _write_(module, *found[module])  # to a copy of its buffers, for this pass
+            # The pass works on copies of all buffers: this serves what follows, and is gone then.
+            _write_(module, *found[module])
 
     def start_at_mean_zero(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if module not in reached:
             reached.add(module)
             module.get_parameter("weight").fill_(-args[0].float().mean())
 
-    biases = [net.get_submodule(f"{path}.{BEFORE}") for path in dict.fromkeys(before)]
     hooks = [m.register_forward_pre_hook(keep_statistics) for m in frozen_norms(net)]
     hooks += [m.register_forward_pre_hook(start_at_mean_zero) for m in biases]
     try:
+        # As the norms were in training: their statistics were those of the batch.
         with in_training_mode(net):
             outputs_of(net, inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    for frozen, (scale, shift) in found.items():
-        _write_(frozen, scale, shift)
-    for path, ends in norms.items():
-        scale = net.get_buffer(f"{path}.frozen.scale")
-        for end in ends:
-            multiplier = net.get_parameter(f"{end}.{MULTIPLIER}.weight")
-            multiplier.mul_(scale.pow(-2).mean().sqrt())
-    values = [number for m in (*found, *biases) for number in m.state_dict().values()]
-    if not all(value.isfinite().all() for value in values):
-        raise UserError("the example inputs give numbers that are not finite: scale them first")
+    return found
 
 
 def _statistics(module: FrozenNorm, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from where the other, the *branch*, starts: it is that tensor itself, or made fr
 weight layers (a projection, a pooling, a padding).
 
 The weight layers of a branch are those whose *product* it is. What goes through a softmax or a
-sigmoid before it is multiplied on, the queries and keys of attention or the gate of
+sigmoid before it multiplies something, the queries and keys of attention or the gate of
 squeeze-and-excite, is a *gate*: its size does not reach the branch's output.
 """
 
@@ -16,48 +16,20 @@ from itertools import combinations
 
 from torch.fx import Node
 
-from fixup_core.convert.tracing import VIEWS, Trace, is_view, operation, owner, shape_of
+from fixup_core.convert.operations import (
+    ADDING,
+    ATTENTION,
+    BOUNDED,
+    DROPPING,
+    JOINING,
+    KEEPING_BOUNDS,
+    MULTIPLYING,
+    PASSING,
+    SATURATING,
+    VIEWS,
+)
+from fixup_core.convert.tracing import Trace, Use, is_view, operation, owner, place_of, shape_of
 from fixup_core.errors import UserError
-
-BOUNDED = frozenset({"softmax", "_softmax", "_safe_softmax", "sigmoid", "hardsigmoid"})
-SATURATING = BOUNDED | {"tanh", "erf", "hardtanh", "clamp", "relu6"}
-"""A factor made by one of these is a gate where the other factor is made by none of them, as in an
-activation that is written out: ``0.5 * x * (1 + tanh(...))``."""
-KEEPING_BOUNDS = frozenset({"add", "mul", "div", "rsub", "masked_fill", "nan_to_num"})
-JOINING = frozenset({"add", "sub"})
-MULTIPLYING = frozenset({"mul", "pow", "matmul", "bmm", "mm", "einsum", "baddbmm"})
-ATTENTION = "scaled_dot_product_attention"
-ADDING = frozenset({"add", "cat", "stack", "where", "sub", "addcmul"})
-DROPPING = frozenset({"dropout", "native_dropout", "feature_dropout", "alpha_dropout"})
-ACTIVATIONS = frozenset(
-    """relu gelu silu mish elu selu celu leaky_relu prelu rrelu tanh hardtanh hardswish softplus
-    relu6 softsign log_sigmoid threshold sigmoid hardsigmoid""".split()
-)
-NORMALISING = frozenset(
-    """batch_norm layer_norm group_norm instance_norm rms_norm native_batch_norm native_layer_norm
-    native_group_norm _native_batch_norm_legit_functional _native_batch_norm_legit
-    _fused_rms_norm""".split()
-)
-PASSING = (
-    VIEWS
-    | DROPPING
-    | NORMALISING
-    | frozenset(
-        """relu add mul div cat pad constant_pad_nd avg_pool1d avg_pool2d avg_pool3d max_pool2d
-        adaptive_avg_pool2d max_pool2d_with_indices zeros_like index conv1d conv2d conv3d linear
-        convolution upsample_nearest2d upsample_bilinear2d _upsample_bilinear2d_aa""".split()
-    )
-)
-"""What may lie on a shortcut."""
-
-
-@dataclass(frozen=True)
-class Use:
-    """One product with a weight: a node, and the parameters' names."""
-
-    node: Node
-    weight: str
-    bias: str | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +43,7 @@ class FoundBranch:
             multiplies more than once stands there as often.
         gates: Weight layers that it depends on otherwise.
         gains: Names of parameters that multiply it element by element.
+        inside: Every node that the branch depends on and the shortcut does not.
     """
 
     join: Node
@@ -82,6 +55,7 @@ class FoundBranch:
 
     @property
     def name(self) -> str:
+        """The path of the module that adds; empty for the network itself."""
         return owner(self.join)
 
 
@@ -99,47 +73,51 @@ def find_branches(trace: Trace) -> list[FoundBranch]:
         branch = _branch_of(trace, node, joins)
         if branch is not None:
             found.append(branch)
+            # Later walks stop here: what lies behind an earlier join is the residual stream.
             joins.add(node)
     return found
 
 
-def near_joins(trace: Trace, taken: set[Node], kinds: frozenset[str]) -> list[str]:
-    """Modules that put a path together with the path it left by one of the operations ``kinds``,
-    without being among those ``taken``.
+def near_joins(trace: Trace, taken: set[Node], operations: frozenset[str]) -> list[str]:
+    """Modules that put a path together with the path it left by one of the ``operations``, without
+    being among the joins ``taken``.
     """
     near = []
     for node in trace.nodes:
         given = sorted(trace.flowing(node), key=trace.order.__getitem__)
-        known = operation(node) in kinds and node in trace.visible and node not in taken
+        known = operation(node) in operations and node in trace.visible and node not in taken
         parted = known and len(given) == 2 and trace.depends(given[1], given[0])
         if parted and _Walk(trace, given[0], taken, node).layers(given[1]):
-            near.append(_place(node))
+            near.append(place_of(node))
     return list(dict.fromkeys(near))
 
 
 def _branch_of(trace: Trace, join: Node, joins: set[Node]) -> FoundBranch | None:
     given = trace.flowing(join)
+    # An addition that broadcasts adds a bias or a position, and ends no residual branch.
     if len(given) != 2 or len({shape_of(join), *map(shape_of, given)}) > 1:
         return None
     parted = _parted(trace, given[0], given[1], joins)
     if parted is None:
         return None
     start, end = parted
+    # "branch - x" turns the sign of the residual stream: no identity at the start.
     if operation(join) == "sub" and end is not join.args[1]:
         return None
     walk = _Walk(trace, start, joins, join)
     layers = walk.layers(end)
+    # A position, a bias or a mask is added without weight layers.
     if not layers:
         return None
     if walk.nested:
         raise UserError(
-            f"the residual branch that ends in {_place(join)} holds other residual branches: "
+            f"the residual branch that ends in {place_of(join)} holds other residual branches: "
             "no rule covers branches within branches; name those to be taken by branches="
         )
     _check_uses(join, layers)
     region = walk.region(end)
     _check_users(trace, join, region, walk)
-    uses = [Use(node, *weight) for node in region if (weight := trace.weight(node))]
+    uses = [use for node in region if (use := trace.use(node))]
     gates = sorted((u for u in uses if u not in layers), key=lambda u: trace.order[u.node])
     return FoundBranch(join, start, layers, tuple(gates), tuple(walk.gains), frozenset(region))
 
@@ -148,9 +126,11 @@ def _parted(trace: Trace, a: Node, b: Node, joins: set[Node]) -> tuple[Node, Nod
     """Where two paths part, and the branch's end; ``None`` if they are no shortcut and branch."""
     if a is b:
         return None
+    # The shortcut is the residual stream itself where the other path is computed from it.
     for shortcut, end in ((a, b), (b, a)):
         if trace.depends(end, shortcut):
             return shortcut, end
+    # Else something lies on the shortcut too: it is the path with fewer weight layers.
     start = trace.parting(a, b)
     if start is None:
         return None
@@ -183,36 +163,47 @@ class _Walk:
         if self._stops(node):
             return ()
         if node not in self.seen:
-            self.seen[node] = ()
+            self.seen[node] = ()  # holds its place: a message names what lies nearest to the join
             self.seen[node] = self._layers(node)
         return self.seen[node]
 
     def _layers(self, node: Node) -> tuple[Use, ...]:
-        weight = self.trace.weight(node)
-        main = _main(self.trace, node)
-        if weight is not None:
-            use = Use(node, *weight)
-            inner = main[0]
-            beside = not self.trace.depends(inner, self.start)
-            return (use,) if beside else (*self.layers(inner), use)
-        self._note_gain(node)
+        use = self.trace.use(node)
+        if use is not None:
+            given = self.trace.flowing(node)[0]
+            # What made a signal from the side, as an encoder's output, is no part of this branch.
+            beside = not self.trace.depends(given, self.start)
+            return (use,) if beside else (*self.layers(given), use)
+        # A norm that is written out multiplies its input by a function of it and by its own gain;
+        # it will be gone, and the identity in its place has one factor.
+        in_norm = bool(self.trace.norms_of(node))
+        main = self.trace.flowing(node) if in_norm else _main(self.trace, node)
         parts = [part for part in map(self.layers, main) if part]
+        if in_norm:
+            return max(parts, key=len, default=())
+        self._note_gain(node)
         if operation(node) in ADDING:
-            distinct = list(dict.fromkeys(parts))
-            if len(distinct) > 1:
-                raise UserError(
-                    f"{_place(node)} puts weight layers side by side together in a residual "
-                    "branch: the rules are for layers one behind the other; name them by branches="
-                )
-            return distinct[0] if distinct else ()
+            return self._only(node, parts)
         if operation(node) in MULTIPLYING:
             return tuple(use for part in parts for use in part)
         return max(parts, key=len, default=())
+
+    def _only(self, node: Node, parts: list[tuple[Use, ...]]) -> tuple[Use, ...]:
+        """The layers that all summands have in common."""
+        # As in "h + 0.5 * h", where one product is added to itself.
+        distinct = list(dict.fromkeys(parts))
+        if len(distinct) > 1:
+            raise UserError(
+                f"{place_of(node)} puts weight layers side by side together in a residual "
+                "branch: the rules are for layers one behind the other; name them by branches="
+            )
+        return distinct[0] if distinct else ()
 
     def _stops(self, node: Node) -> bool:
         if node is self.start or node not in self.trace.sources:
             return True
         if node in self.joins:
+            # A join that was computed from the start is one within this branch.
             self.nested |= self.trace.depends(node, self.start)
             return True
         return False
@@ -233,7 +224,7 @@ class _Walk:
             region.add(node)
             # What flows in from the side, as an encoder's output does, is the branch's own up to
             # its first weight layer.
-            if self.trace.weight(node) is None or self.trace.depends(node, self.start):
+            if self.trace.use(node) is None or self.trace.depends(node, self.start):
                 waiting += self.trace.flowing(node)
         return region
 
@@ -246,9 +237,9 @@ def _check_users(trace: Trace, join: Node, region: set[Node], walk: _Walk) -> No
         outside = [u for u in node.users if u is not join and u not in region]
         outside = [u for u in outside if u in trace.visible and u in trace.sources]
         if outside or node in trace.outputs:
-            place = f"in {_place(outside[0])}" if outside else "as an output"
+            place = f"in {place_of(outside[0])}" if outside else "as an output"
             raise UserError(
-                f"what {_place(node)} computes in a residual branch is used outside of it too, "
+                f"what {place_of(node)} computes in a residual branch is used outside of it too, "
                 f"{place}: the branch reaches the output twice; leave this block out by naming the "
                 "others in branches="
             )
@@ -258,6 +249,7 @@ def _main(trace: Trace, node: Node) -> list[Node]:
     """The arguments whose size that of ``node`` is in proportion to."""
     given = trace.flowing(node)
     if operation(node) == ATTENTION:
+        # Queries and keys set the weights of an average; its size is that of the values.
         value = node.args[2]
         return [value] if isinstance(value, Node) and value in trace.sources else []
     if operation(node) == "pow" and node.args[1] in (2, 3, 4):
@@ -271,42 +263,40 @@ def _main(trace: Trace, node: Node) -> list[Node]:
 
 def _free_factors(trace: Trace, node: Node) -> list[Node]:
     """The factors of a product but for gates; a tensor that is squared counts twice."""
+    # ``all_input_nodes`` has each node once; the arguments have "h" and "h" of "h * h".
     twice = [n for n in node.args if isinstance(n, Node) and n in trace.sources]
     given = twice or trace.flowing(node)
-    for kinds in (BOUNDED, SATURATING):
-        free = [n for n in given if not is_made_by(trace, n, kinds)]
+    # A softmax beside a tanh is the gate; only where no factor is bounded does the tanh count.
+    for operations in (BOUNDED, SATURATING):
+        free = [n for n in given if not is_made_by(trace, n, operations)]
         if free and len(free) < len(given):
             return free
     return given
 
 
-def is_made_by(trace: Trace, node: Node, kinds: frozenset[str]) -> bool:
-    """Whether one of the operations ``kinds`` has made it, whatever moved, dropped, scaled or
-    shifted it since.
+def is_made_by(trace: Trace, node: Node, operations: frozenset[str]) -> bool:
+    """Whether one of the ``operations`` has made it, whatever views, dropout, constant scales and
+    constant shifts came since.
     """
-    while operation(node) in (VIEWS | DROPPING | KEEPING_BOUNDS) - kinds:
+    while operation(node) in (VIEWS | DROPPING | KEEPING_BOUNDS) - operations:
         given = trace.flowing(node)
         if len(given) != 1 and operation(node) not in ("div", "masked_fill"):
             return False
         node = given[0]
-    return operation(node) in kinds
+    return operation(node) in operations
 
 
 def _check_uses(join: Node, layers: tuple[Use, ...]) -> None:
     if len(layers) < 2:
         raise UserError(
-            f"the residual branch that ends in {_place(join)} has one weight layer, "
+            f"the residual branch that ends in {place_of(join)} has one weight layer, "
             f"{layers[0].weight}: rule 2 is for two or more; leave this block out by naming the "
             "others in branches="
         )
     for one, other in combinations(layers, 2):
         if one.weight == other.weight and one.node is not other.node:
             raise UserError(
-                f"{one.weight} is used twice in the residual branch that ends in {_place(join)}: "
+                f"{one.weight} is used twice in the residual branch that ends in {place_of(join)}: "
                 "the rules are for weights of their own; leave this block out by naming the others "
                 "in branches="
             )
-
-
-def _place(node: Node) -> str:
-    return f"{owner(node) or 'the network itself'} ({operation(node)})"

@@ -1,33 +1,27 @@
-"""What the graph of a network says about where the rules of Fixup apply."""
+"""What the graph of a network says about where the rules of Fixup apply. It only reads."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
 from torch.fx import Node
 
-from fixup_core.convert.joins import (
+from fixup_core.convert.joins import FoundBranch, find_branches, near_joins
+from fixup_core.convert.operations import (
     ACTIVATIONS,
-    ADDING,
     BOUNDED,
     DROPPING,
-    NORMALISING,
-    FoundBranch,
-    Use,
-    find_branches,
-    near_joins,
+    LEFT_ALONE,
+    NEARLY_JOINING,
+    VIEWS,
 )
-from fixup_core.convert.tracing import VIEWS, Trace, operation, owner, stack
+from fixup_core.convert.tracing import Trace, Use, holder_of, operation, owner
 from fixup_core.errors import UserError
 from fixup_core.probing import Inputs
-
-NEARLY_JOINING = frozenset({"add", "sub", "lerp", "addcmul", "stack", "maximum"})
-LEFT_ALONE = ADDING | {"embedding", "prelu", "_prelu_kernel", "index", "masked_fill"}
-"""What may be done with a parameter in a branch, besides a weight layer, that needs no rule."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +30,9 @@ class Layer:
 
     Attributes:
         weight: Of its parameter.
-        bias: Of its bias vector, or ``None``.
+        bias: Of its bias vector; ``None`` where there is none.
         unit: Path of the module to which scalars can be attached: the one that holds the weight, or
-            the attention it is part of; empty where the weight is used by a function.
+            the attention it is part of; empty where a function uses the weight.
         copies: How many factors of the branch it is.
         enters: What comes in flows from the branch's start; not so keys and values of an encoder.
     """
@@ -50,6 +44,20 @@ class Layer:
     enters: bool = True
 
 
+@dataclass(frozen=True)
+class Activation:
+    """What an activation follows: there its scalar bias can stand.
+
+    Attributes:
+        norms: Paths of the normalisation layers whose output is activated.
+        unit: Path of the layer whose output is activated, or that ends the branch which is; empty
+            where it follows neither.
+    """
+
+    norms: tuple[str, ...]
+    unit: str
+
+
 class Survey:
     """What ``net`` is made of.
 
@@ -57,141 +65,112 @@ class Survey:
         net: Any.
         inputs: To trace it with.
         norm_types: Types of normalisation layers.
-        keep_norms: Normalisation stays.
-        allow: Paths in branches that need no rule.
+
+    Attributes:
+        trace: The network's graph.
+        branches: Its residual branches.
+        uses: Every product with a weight that reaches an output.
 
     Raises:
-        UserError: As ``fixup_core.convert.convert.fixup_`` says.
+        UserError: The network cannot be traced, has no residual branch, or has one that no rule
+            covers.
     """
 
     def __init__(
-        self,
-        net: nn.Module,
-        inputs: Inputs,
-        norm_types: tuple[type[nn.Module], ...],
-        keep_norms: bool,
-        allow: Sequence[str],
+        self, net: nn.Module, inputs: Inputs, norm_types: tuple[type[nn.Module], ...]
     ) -> None:
-        self.net, self.keep_norms, self.allow = net, keep_norms, tuple(allow)
-        modules = net.named_modules(remove_duplicate=False)
-        self.norms = {path for path, module in modules if isinstance(module, norm_types)}
-        self.trace = Trace(net, inputs)
+        self.net = net
+        self.trace = Trace(net, inputs, norm_types)
         self.branches = find_branches(self.trace)
         if not self.branches:
             raise UserError(_nothing_found(net, self.trace))
-        self.uses = [
-            Use(node, *weight)
-            for node in self.trace.nodes
-            if node in self.trace.visible and (weight := self.trace.weight(node))
-        ]
-        self._check_shared()
-        if not keep_norms:
-            self._check_norms()
+        visible = [node for node in self.trace.nodes if node in self.trace.visible]
+        self.uses = [use for node in visible if (use := self.trace.use(node))]
 
-    def layers(self, branch: FoundBranch) -> list[Layer]:
+    def layers(self, branch: FoundBranch) -> tuple[Layer, ...]:
         """The weight layers of a branch, in order."""
         copies = Counter(use.weight for use in branch.layers)
         layers = []
         for use in dict.fromkeys(branch.layers):
             enters = self.trace.depends(self.trace.flowing(use.node)[0], branch.start)
             layers.append(Layer(use.weight, use.bias, self._unit(use), copies[use.weight], enters))
-        return layers
+        return tuple(layers)
 
     @cached_property
-    def head(self) -> list[Layer]:
+    def last_layers(self) -> tuple[Layer, ...]:
         """The weight layers outside the branches that none, and no branch, follows."""
-        inner = {u.node for branch in self.branches for u in (*branch.layers, *branch.gates)}
         later = [use.node for use in self.uses] + [branch.join for branch in self.branches]
         ends = {
             use.weight: use
             for use in self.uses
-            if use.node not in inner
+            if use.node not in self.branch_products
             and not any(self.trace.depends(n, use.node) for n in later if n is not use.node)
         }
-        return [Layer(use.weight, use.bias, self._unit(use)) for use in ends.values()]
+        return tuple(Layer(use.weight, use.bias, self._unit(use)) for use in ends.values())
+
+    @cached_property
+    def branch_products(self) -> set[Node]:
+        """The products with the weights of branches, of layers and of gates."""
+        return {use.node for branch in self.branches for use in (*branch.layers, *branch.gates)}
+
+    @cached_property
+    def inside(self) -> set[Node]:
+        """The nodes of all branches."""
+        return {node for branch in self.branches for node in branch.inside}
 
     def near_joins(self) -> list[str]:
         """Where a path meets the one it left, and is not taken for a branch."""
         return near_joins(self.trace, {branch.join for branch in self.branches}, NEARLY_JOINING)
 
-    def outside(self) -> list[str]:
-        """Weights of the layers outside all branches but the head."""
-        inner = {node for branch in self.branches for node in branch.inside}
-        head = {layer.weight for layer in self.head}
-        return [u.weight for u in self.uses if u.node not in inner and u.weight not in head]
-
-    def by_function(self) -> list[str]:
-        """Weights of branches and head to whose layers no scalar can be attached."""
-        layers = [layer for branch in self.branches for layer in self.layers(branch)]
-        return [layer.weight for layer in (*layers, *self.head) if not layer.unit]
-
-    def gains(self) -> list[str]:
-        """Parameters that multiply a branch element by element; every other one in a branch must be
-        covered by a rule, or need none.
+    def others(self, branch: FoundBranch) -> Iterator[tuple[Node, list[str]]]:
+        """The parameters of a branch that are neither weights nor gains, and the operations that
+        use them; without those operations that need no rule.
         """
-        gains: list[str] = []
-        for branch in self.branches:
-            gains += branch.gains
-            for node in branch.inside:
-                names = self._uncovered(node) - set(branch.gains)
-                wrong = [name for name in sorted(names) if not name.startswith(self.allow or "\0")]
-                if wrong:
-                    raise UserError(
-                        f"no rule covers {', '.join(wrong)}, used by {operation(node)} in the "
-                        f"residual branch {branch.name!r}: allow={wrong} leaves it as it is"
-                    )
-        return list(dict.fromkeys(gains))
-
-    def place_activation_biases(self, after: list[str], norms: dict[str, bool]) -> None:
-        """Where the scalar bias before each activation goes: in the place of a removed norm, else
-        behind the layer, or the branch, whose output is activated.
-        """
-        gates = {use.node for branch in self.branches for use in branch.gates}
-        lasts = {branch.join: self.layers(branch)[-1].unit for branch in self.branches}
-        units = {use.node: self._unit(use) for use in self.uses if use.node not in gates}
-        for node in self.trace.nodes:
-            if operation(node) not in ACTIVATIONS - BOUNDED or node not in self.trace.visible:
+        for node in sorted(branch.inside, key=self.trace.order.__getitem__):
+            needs_none = operation(node) in LEFT_ALONE | VIEWS or self.trace.norms_of(node)
+            if needs_none or self.trace.use(node):
                 continue
-            behind: Node | None = node
-            while behind is not None:
-                within = self.norms.intersection(stack(behind))
-                if within:
-                    if not self.keep_norms:
-                        norms |= dict.fromkeys(within, True)
-                    break
-                unit = units.get(behind) or lasts.get(behind)
-                if unit:
-                    after.append(unit)
-                    break
-                behind = self._before(behind, first=behind is node)
+            given = [self.trace.parameters.get(n, frozenset()) for n in node.all_input_nodes]
+            names = set().union(*given) - set(branch.gains)
+            if names:
+                yield node, sorted(names)
 
-    def free_norms(self, head: Container[str]) -> dict[str, list[str]]:
-        """Norms that a constant can stand for, each with the modules that have the multipliers of
-        the branches that it starts: all but those behind a weight layer of a branch, where rule 2
-        sets the size, or behind the ``head`` (weights by name), which is 0.
+    def activations(self) -> Iterator[Activation]:
+        """Every activation, in the order of the forward pass."""
+        ends = {branch.join: self.layers(branch)[-1].unit for branch in self.branches}
+        gates = {use.node for branch in self.branches for use in branch.gates}
+        # Nothing in a gate gets scalars, as it stays what its author made it.
+        ends |= {use.node: self._unit(use) for use in self.uses if use.node not in gates}
+        for node in self.trace.nodes:
+            # What is bounded is a gate or a softmax, no activation of rule 3.
+            if operation(node) in ACTIVATIONS - BOUNDED and node in self.trace.visible:
+                yield self._activation(node, ends)
+
+    def _activation(self, node: Node, ends: Mapping[Node, str]) -> Activation:
+        behind: Node | None = node
+        while behind is not None:
+            norms, unit = tuple(self.trace.norms_of(behind)), ends.get(behind, "")
+            if norms or unit:
+                return Activation(norms, unit)
+            behind = self._before(behind, first=behind is node)
+        return Activation((), "")
+
+    def _before(self, node: Node, first: bool) -> Node | None:
+        """The one argument of an activation, or of a view or dropout between it and what it
+        follows; a number added there reaches the activation unchanged.
         """
-        inner = {u.node for branch in self.branches for u in (*branch.layers, *branch.gates)}
-        inner |= {use.node for use in self.uses if use.weight in head}
-        flowing = [node for node in self.trace.nodes if node in self.trace.sources]
-        calls = [(path, n) for n in flowing for path in self.norms.intersection(stack(n))]
-        bound = {path for path, node in calls if inner & self._behind(node)}
-        free: dict[str, list[str]] = {path: [] for path, _ in calls if path not in bound}
-        for branch in self.branches:
-            entering = self.trace.flowing(branch.layers[0].node)[0]
-            end = self.layers(branch)[-1].unit
-            for path, node in calls:
-                starts = node in branch.inside and self.trace.depends(node, branch.start)
-                if path in free and starts and self.trace.depends(entering, node):
-                    free[path] += [end] if end and end not in free[path] else []
-        return free
+        given = self.trace.flowing(node)
+        passes = first or operation(node) in VIEWS | DROPPING
+        return given[0] if passes and len(given) == 1 else None
 
     @cached_property
-    def _ends(self) -> set[Node]:
-        """Every weight layer and join."""
-        return {use.node for use in self.uses} | {branch.join for branch in self.branches}
+    def norm_calls(self) -> list[tuple[str, Node]]:
+        """The flowing operations of normalisation layers, each with the layer's path."""
+        flowing = [node for node in self.trace.nodes if node in self.trace.sources]
+        return [(path, node) for node in flowing for path in self.trace.norms_of(node)]
 
-    def _behind(self, node: Node) -> set[Node]:
-        """The weight layers and joins that ``node`` is made of with none of these between."""
+    def behind(self, node: Node) -> set[Node]:
+        """The nearest weight layers and joins that ``node`` is computed from."""
         waiting, seen = [node], set()
         while waiting:
             one = waiting.pop()
@@ -200,55 +179,29 @@ class Survey:
                 waiting += [] if one in self._ends else self.trace.flowing(one)
         return seen & self._ends
 
-    def _before(self, node: Node, first: bool) -> Node | None:
-        """What an activation's input is, moved or dropped at the most."""
-        given = self.trace.flowing(node)
-        moves = first or operation(node) in VIEWS | DROPPING
-        return given[0] if moves and len(given) == 1 else None
+    @cached_property
+    def _ends(self) -> set[Node]:
+        """Every weight layer and join."""
+        return {use.node for use in self.uses} | {branch.join for branch in self.branches}
 
     def _unit(self, use: Use) -> str:
-        path, holder = owner(use.node), use.weight.rpartition(".")[0]
+        path = owner(use.node)
         module = self.net.get_submodule(path)
-        if path == holder or isinstance(module, nn.MultiheadAttention):
+        # Attention uses the weights of its output layer without calling it: hooks on that layer
+        # would never run.
+        if path == holder_of(use.weight) or isinstance(module, nn.MultiheadAttention):
             return path
+        # An output layer that shares an embedding's weight, which is named after the embedding.
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight is self.net.get_parameter(use.weight):
             return path
         return ""
 
-    def _uncovered(self, node: Node) -> set[str]:
-        if self.trace.weight(node) or operation(node) in LEFT_ALONE | VIEWS:
-            return set()
-        if self.norms.intersection(stack(node)):
-            return set()
-        given = [self.trace.parameters.get(n, frozenset()) for n in node.all_input_nodes]
-        return set().union(*given)
 
-    def _check_shared(self) -> None:
-        places: dict[str, list[str]] = {}
-        for number, branch in enumerate(self.branches):
-            for weight in dict.fromkeys(use.weight for use in branch.layers):
-                place = branch.name or "the network itself"
-                places.setdefault(weight, []).append(f"{place} (branch {number + 1})")
-        inner = {n for branch in self.branches for n in branch.inside}
-        for use in self.uses:
-            if use.node not in inner and use.weight in places:
-                places[use.weight].append(owner(use.node) or "the network itself")
-        for weight, where in places.items():
-            if len(where) > 1:
-                raise UserError(
-                    f"{weight} is used in {' and in '.join(where[:3])}: rule 2 is for branches "
-                    "with weights of their own; give each its own, or leave blocks out by branches="
-                )
-
-    def _check_norms(self) -> None:
-        for node in self.trace.nodes:
-            if operation(node) in NORMALISING and not self.norms.intersection(stack(node)):
-                raise UserError(
-                    f"{owner(node) or 'the network itself'} normalises by a function "
-                    f"({operation(node)}), which cannot be removed: make it a module, name its "
-                    "type in norm_types=, or leave all norms by keep_norms=True"
-                )
+def weights_outside(survey: Survey, head: Collection[Layer]) -> list[str]:
+    """Weights of the layers outside all branches but those of the ``head``."""
+    known = {layer.weight for layer in head}
+    return [u.weight for u in survey.uses if u.node not in survey.inside and u.weight not in known]
 
 
 def _nothing_found(net: nn.Module, trace: Trace) -> str:

@@ -1,7 +1,7 @@
 """The graph of what a network computes, made by ``torch.export``, with names of parameters.
 
-Every node is an ATen operation; ``torch.export`` says which module called it. Nodes are told apart
-by what they depend on: *flowing* ones on the network's inputs, the others on parameters alone.
+Every node is an ATen operation; ``torch.export`` says which module called it. What a node depends
+on sorts it: *flowing* nodes depend on the network's inputs, all others on parameters alone.
 """
 
 from __future__ import annotations
@@ -11,31 +11,26 @@ import functools
 import operator
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import Node
 
+from fixup_core.convert.operations import PRODUCTS, UNLEARNT, VIEWS
 from fixup_core.errors import UserError, one_line
 from fixup_core.probing import Inputs, arguments_of, in_training_mode
 
-PRODUCTS = frozenset(
-    """linear conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d
-    matmul mm bmm addmm baddbmm einsum""".split()
-)
-"""Operations that make a weight layer of a parameter."""
-VIEWS = frozenset(
-    """t transpose permute view reshape select slice split split_with_sizes chunk getitem unbind
-    contiguous clone squeeze unsqueeze expand flatten unflatten alias detach movedim
-    _to_copy to""".split()
-)
-"""Operations that move numbers and leave them as they are."""
-UNLEARNT = frozenset(
-    """new_empty empty_like rand_like randn_like new_zeros new_ones zeros_like ones_like new_full
-    full_like bernoulli lt gt le ge eq ne logical_not logical_and logical_or argmax sign""".split()
-)
-"""Operations that pass no gradient on, as those that make masks: what they give is a constant."""
+
+@dataclass(frozen=True)
+class Use:
+    """One product of a signal with a weight: a node, and the parameters' names."""
+
+    node: Node
+    weight: str
+    bias: str | None
 
 
 class Trace:
@@ -44,6 +39,7 @@ class Trace:
     Args:
         net: It is traced in training mode, with no numbers computed, and left as it was.
         inputs: A tensor, a tuple of arguments or a mapping of named ones.
+        norm_types: Types of normalisation layers.
 
     Attributes:
         nodes: In the order of the forward pass; ``order`` is each one's number.
@@ -52,12 +48,17 @@ class Trace:
             their numbers.
         outputs: The nodes that the network returns.
         visible: The nodes that these depend on.
+        norms: Paths of the normalisation layers, in module order; of one within another, as in a
+            norm that wraps PyTorch's, only the outer.
 
     Raises:
         UserError: The network cannot be traced.
     """
 
-    def __init__(self, net: nn.Module, inputs: Inputs) -> None:
+    def __init__(
+        self, net: nn.Module, inputs: Inputs, norm_types: tuple[type[nn.Module], ...]
+    ) -> None:
+        self.norms = norm_paths(net, norm_types)
         program = _exported(net, inputs)
         signature = program.graph_signature
         own = dict(signature.inputs_to_parameters)
@@ -77,7 +78,7 @@ class Trace:
         self.visible = self._reaching_outputs()
 
     def _reaching_outputs(self) -> set[Node]:
-        """The nodes that an output depends on; running statistics are none."""
+        """The nodes that an output depends on; those of running statistics are left out."""
         waiting, reaching = list(self.outputs), set()
         while waiting:
             node = waiting.pop()
@@ -94,6 +95,10 @@ class Trace:
             given = [self.parameters.get(n, frozenset()) for n in node.all_input_nodes]
             self.parameters[node] = frozenset().union(*given)
 
+    def norms_of(self, node: Node) -> list[str]:
+        """The normalisation layers that a node's operation is part of."""
+        return [path for path in stack(node) if path in self.norms]
+
     def flowing(self, node: Node) -> list[Node]:
         """The arguments of ``node`` that depend on the network's inputs, in their order."""
         return [given for given in node.all_input_nodes if given in self.sources]
@@ -107,16 +112,17 @@ class Trace:
         common = self.sources[a] & self.sources[b]
         return self.nodes[common.bit_length() - 1] if common else None
 
-    def weight(self, node: Node) -> tuple[str, str | None] | None:
-        """The parameters whose product with what flows a node is: those of weight and bias.
+    def use(self, node: Node) -> Use | None:
+        """The weight that a node multiplies its one flowing argument by, if it is such a product.
 
         Raises:
-            UserError: The weight is computed, and not by views, of parameters.
+            UserError: The weight is computed from parameters, by more than views.
         """
         if operation(node) not in PRODUCTS or len(self.flowing(node)) != 1:
             return None
         constant = [n for n in node.all_input_nodes if self.parameters.get(n)]
-        matrices = [n for n in constant if shape_of(n) is not None and len(shape_of(n) or ()) > 1]
+        # A vector is a bias, or a gain in the shape of a product: no weight layer.
+        matrices = [n for n in constant if len(shape_of(n) or ()) > 1]
         if not matrices:
             return None
         names = self.parameters[matrices[0]]
@@ -129,15 +135,26 @@ class Trace:
         name = next(iter(names))
         others = [n for n in constant if n is not matrices[0] and is_view(n)]
         biases = sorted(
-            b for n in others for b in self.parameters[n] if _holder(b) == _holder(name)
+            b for n in others for b in self.parameters[n] if holder_of(b) == holder_of(name)
         )
-        return name, biases[0] if biases else None
+        return Use(node, name, biases[0] if biases else None)
+
+
+def norm_paths(net: nn.Module, norm_types: tuple[type[nn.Module], ...]) -> tuple[str, ...]:
+    """Paths of the normalisation layers of ``net``: all of a shared one, and the outer of two."""
+    found: dict[str, None] = {}
+    for path, module in net.named_modules(remove_duplicate=False):
+        within = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, norm_types) and not within:
+            found[path] = None
+    return tuple(found)
 
 
 def operation(node: Node) -> str:
     """The name of a node's operation, without its overload: ``add``, ``conv2d``."""
     target: Any = node.target
     packet = getattr(target, "overloadpacket", target)
+    # "add_" changes its argument in place; what it computes is the same.
     return str(getattr(packet, "__name__", packet)).rsplit(".", 1)[-1].removesuffix("_")
 
 
@@ -146,8 +163,13 @@ def owner(node: Node) -> str:
     return stack(node)[-1] if stack(node) else ""
 
 
+def place_of(node: Node) -> str:
+    """The owner and the operation, as messages name them."""
+    return f"{owner(node) or 'the network itself'} ({operation(node)})"
+
+
 def stack(node: Node) -> list[str]:
-    """The paths of the modules around a node's operation, the innermost last."""
+    """The paths of the modules that call a node's operation, the innermost last."""
     return [_clean(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
@@ -157,16 +179,13 @@ def shape_of(node: Node) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
-def _clean(path: str) -> str:
-    return path.removeprefix("L['self'].").removeprefix("L['self']").split("@")[0]
-
-
-def _holder(parameter: str) -> str:
+def holder_of(parameter: str) -> str:
+    """The path of the module that holds a parameter."""
     return parameter.rpartition(".")[0]
 
 
 def is_view(node: Node) -> bool:
-    """Whether a node is a parameter, moved at the most."""
+    """Whether a node is a parameter, or a view of one."""
     while node.op != "placeholder":
         if operation(node) not in VIEWS or not node.all_input_nodes:
             return False
@@ -174,12 +193,18 @@ def is_view(node: Node) -> bool:
     return True
 
 
-def _exported(net: nn.Module, inputs: Inputs) -> Any:
+def _clean(path: str) -> str:
+    # A module that is called again has "@1" behind its path.
+    return path.removeprefix("L['self'].").removeprefix("L['self']").split("@")[0]
+
+
+def _exported(net: nn.Module, inputs: Inputs) -> ExportedProgram:
     args, kwargs = arguments_of(inputs)
     try:
-        with warnings.catch_warnings(), _masks_taken_as_told(), in_training_mode(net):
+        with warnings.catch_warnings(), _masks_taken_at_their_word(), in_training_mode(net):
             warnings.simplefilter("ignore")
             program = torch.export.export(net, args, kwargs, strict=False)
+            # An empty table writes the graph in ATen operations and takes none of them apart.
             return program.run_decompositions({})
     except Exception as error:
         raise UserError(
@@ -190,9 +215,11 @@ def _exported(net: nn.Module, inputs: Inputs) -> Any:
 
 
 @contextlib.contextmanager
-def _masks_taken_as_told() -> Iterator[None]:
-    """``nn.TransformerEncoder`` looks into a mask for whether it is causal, which has no numbers
-    while it is traced; what it does then is the same.
+def _masks_taken_at_their_word() -> Iterator[None]:
+    """Within this context ``nn.TransformerEncoder`` believes ``is_causal``.
+
+    It would look into the mask itself, which has no numbers while it is traced; the result is the
+    same.
     """
     module: Any = nn.modules.transformer
     looking = module._detect_is_causal_mask

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -18,8 +18,11 @@ class FrozenNorm(nn.Module):
     Nothing in it is learnt. It starts as the identity; ``convert.calibration`` sets it.
 
     Args:
-        norm: A BatchNorm has one scale and shift a channel, shape [C]; any other layer one number,
-            shape [].
+        norm: The layer.
+
+    Attributes:
+        scale: Shape [C] for a BatchNorm, one for each channel of ``x`` [B, C, ...]; else shape [].
+        shift: Likewise.
     """
 
     scale: Tensor
@@ -47,12 +50,19 @@ def frozen_norms(net: nn.Module) -> Iterator[FrozenNorm]:
     return (module for module in net.modules() if isinstance(module, FrozenNorm))
 
 
+OLDER_NAMES = {"scalar_bias": "shift", "frozen": "constant"}
+"""Parts of a ``RemovedNorm``, and what state dicts of the first networks call them."""
+
+
 class RemovedNorm(nn.Module):
     """Stands where a normalisation layer stood: the identity, a frozen norm, a scalar bias.
 
+    A state dict that has these parts under their older names, ``shift`` for ``scalar_bias`` and
+    ``constant`` for ``frozen``, is loaded too.
+
     Args:
-        norm: What was there; an activation or dropout that is part of it (as in timm's
-            ``BatchNormAct2d``) stays.
+        norm: What was there. An activation or dropout that is part of it (as in timm's
+            ``BatchNormAct2d``) stays; the training mode is the norm's.
         biased: Add a scalar bias, for the activation that follows.
         frozen: Keep what the layer does to one batch.
     """
@@ -65,6 +75,7 @@ class RemovedNorm(nn.Module):
             self.add_module("frozen", FrozenNorm(norm))
         if biased:
             self.add_module("scalar_bias", ScalarBias())
+        self.train(norm.training)
         for name in ("drop", "act"):
             if isinstance(getattr(norm, name, None), nn.Module):
                 self.add_module(name, norm.get_submodule(name))
@@ -73,3 +84,12 @@ class RemovedNorm(nn.Module):
         for step in self.children():
             x = step(x)
         return x
+
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any
+    ) -> None:
+        for name, older in OLDER_NAMES.items():
+            start = f"{prefix}{older}."
+            for key in [key for key in state_dict if key.startswith(start)]:
+                state_dict[f"{prefix}{name}.{key.removeprefix(start)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,8 +1,8 @@
-"""Parametrised weights (``torch.nn.utils.parametrize``: weight norm and others) made plain ones,
+"""Parametrised weights (``torch.nn.utils.parametrize``: weight norm and others) as plain ones,
 while rules are applied to them.
 
-The rules write weights. A parametrised weight is computed, so what is to be written is handed back
-to its parametrisation, which finds parameters for it (``right_inverse``).
+The rules write weights. A parametrised weight is computed from other parameters, so its
+parametrisation has to find those that give what is written (``right_inverse``).
 """
 
 from __future__ import annotations
@@ -24,23 +24,29 @@ class Parametrised:
     """A module with computed weights, which are plain parameters between ``off_`` and ``on_``.
 
     Args:
-        path: Of the module.
-        module: Itself.
+        path: The module's path.
+        module: The module.
     """
 
     def __init__(self, path: str, module: Any) -> None:
-        self.path, self.module, self.kind = path, module, type(module)
+        self.path, self.module, self.own_class = path, module, type(module)
         self.lists, self.order = module.parametrizations, list(module._modules)
-        with torch.no_grad():  # of copies: spectral norm goes a step on whenever it is looked at
+        with torch.no_grad():  # of copies: spectral norm takes a step whenever it is computed
             self.before = {name: copy.deepcopy(own)().clone() for name, own in self.lists.items()}
 
-    def plain(self, of: Container[int]) -> list[nn.Parameter]:
-        """The plain parameters of weights that are computed from parameters ``of`` these ids."""
-        made = [n for n, own in self.lists.items() if all(id(p) in of for p in own.parameters())]
+    def plain(self, sources: Container[int]) -> list[nn.Parameter]:
+        """The plain parameters of those weights whose ``sources``, by id, are all among these."""
+        made = [
+            n for n, own in self.lists.items() if all(id(p) in sources for p in own.parameters())
+        ]
         return [self.module.get_parameter(name) for name in made]
 
     def check(self, written: Container[int]) -> None:
-        """Raise unless each weight among those ``written``, by id, can take any value, and 0."""
+        """Raise unless each weight among those ``written``, by id, can take any value, and 0.
+
+        Raises:
+            UserError: A weight cannot (it is named). Nothing has been written.
+        """
         for name, before in self.before.items():
             if id(self.module.get_parameter(name)) in written:
                 drawn = torch.linspace(-1.0, 1.0, before.numel()).to(before).view_as(before)
@@ -48,26 +54,30 @@ class Parametrised:
                     _give_(copy.deepcopy(self.lists[name]), value, self._full(name))
 
     def off_(self) -> None:
-        """The weights become parameters of the module."""
+        """Make the weights parameters of the module."""
         del self.module._modules["parametrizations"]
-        self.module.__class__ = self.kind.__bases__[0]  # as remove_parametrizations does
+        self.module.__class__ = self.own_class.__bases__[0]  # as remove_parametrizations does
         for name, before in self.before.items():
             learnt = any(part.requires_grad for part in self.lists[name].parameters())
             self.module.register_parameter(name, nn.Parameter(before.clone(), learnt))
 
     def on_(self) -> dict[str, Tensor]:
-        """They are computed again; what they were just before."""
+        """Have the weights computed again, and return what they were just before."""
         module = self.module
         values = {name: module._parameters.pop(name).detach() for name in self.before}
-        module.__class__ = self.kind
+        module.__class__ = self.own_class
         modules = {"parametrizations": self.lists, **module._modules}
+        # In the order they had: a state dict lists them by it.
         modules = {name: modules[name] for name in self.order if name in modules} | modules
         module._modules.clear()
         module._modules.update(modules)
         return values
 
     def give_(self, values: Mapping[str, Tensor]) -> None:
-        """Give the parametrisations what has been written; none for what has not."""
+        """Give the parametrisations the ``values`` that have been written.
+
+        A weight that nobody wrote keeps the very parameters it had.
+        """
         for name, value in values.items():
             if not torch.equal(value, self.before[name]):
                 _give_(self.lists[name], value, self._full(name))
@@ -78,9 +88,10 @@ class Parametrised:
 
 @contextlib.contextmanager
 def plain_weights(net: nn.Module) -> Iterator[list[Parametrised]]:
-    """Within this context the parametrised weights of ``net`` are ordinary parameters. After it
-    they are computed again, from parameters that give what has been written; where it raises, from
-    those that were there.
+    """Within this context the parametrised weights of ``net`` are ordinary parameters.
+
+    After it they are computed again, from parameters that give what has been written. Where
+    something is raised, they are computed from the parameters that were there.
     """
     found = [Parametrised(p, m) for p, m in net.named_modules() if is_parametrized(m)]
     for one in found:
@@ -99,7 +110,7 @@ def plain_weights(net: nn.Module) -> Iterator[list[Parametrised]]:
 @torch.no_grad()
 def _give_(parts: Any, value: Tensor, weight: str) -> None:
     """Set the parameters of a parametrisation so that it computes ``value``."""
-    kinds = ", ".join(type(part).__name__.lstrip("_") for part in parts)
+    types = ", ".join(type(part).__name__.lstrip("_") for part in parts)
     try:
         if len(parts) == 1 and isinstance(parts[0], parametrizations._WeightNorm):
             _give_to_weight_norm_(parts, value)
@@ -107,9 +118,9 @@ def _give_(parts: Any, value: Tensor, weight: str) -> None:
             parts.right_inverse(value)
         reached = torch.allclose(parts(), value, rtol=1e-2, atol=1e-6)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        raise UserError(f"{_refusal(weight, kinds)} ({one_line(str(error))[:100]})") from error
+        raise UserError(f"{_refusal(weight, types)} ({one_line(str(error))[:100]})") from error
     if not reached:
-        raise UserError(_refusal(weight, kinds))
+        raise UserError(_refusal(weight, types))
 
 
 def _give_to_weight_norm_(parts: Any, value: Tensor) -> None:
@@ -119,8 +130,8 @@ def _give_to_weight_norm_(parts: Any, value: Tensor) -> None:
     parts.original1.copy_(torch.where(length > 0, value, parts.original1))
 
 
-def _refusal(weight: str, kinds: str) -> str:
+def _refusal(weight: str, types: str) -> str:
     return (
-        f"{weight} is parametrised by {kinds}, which cannot take the values that the rules give: "
+        f"{weight} is parametrised by {types}, which cannot take the values that the rules give: "
         "remove that first (torch.nn.utils.parametrize.remove_parametrizations)"
     )

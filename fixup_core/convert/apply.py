@@ -1,0 +1,115 @@
+"""A plan carried out: norms removed, scalars attached, branches and head declared."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fixup_core.convert.attach import (
+    Declared,
+    attach_after_,
+    attach_before_,
+    attach_multiplier_,
+)
+from fixup_core.convert.plan import ConversionPlan, PlannedNorm
+from fixup_core.convert.survey import Layer
+from fixup_core.rules.branches import (
+    ResidualBranch,
+    WeightLayer,
+    collect_branches,
+    collect_classifiers,
+)
+from fixup_core.rules.frozen import RemovedNorm, frozen_norms
+from fixup_core.rules.methods import Method
+from fixup_core.rules.scalars import scalars
+from fixup_core.rules.standards import HE_PER_GROUP, XAVIER_UNIFORM
+
+ATTENTION_ROLES = {
+    "in_proj_weight": "value",
+    "q_proj_weight": "query",
+    "k_proj_weight": "key",
+    "v_proj_weight": "value",
+    "out_proj.weight": "out",
+}
+"""Of the weights of ``nn.MultiheadAttention``. The packed matrix is a factor of the branch by its
+values alone."""
+
+
+def apply_(net: nn.Module, plan: ConversionPlan, method: Method, frozen: bool) -> None:
+    """Change the modules of ``net`` as planned; no weight is written.
+
+    Args:
+        net: Any.
+        plan: For it.
+        method: Which scalars there are.
+        frozen: Norms that can be frozen are.
+    """
+    # Made before the norms are gone, which may hold an embedding's path in a shared weight.
+    layers = {id(layer): weight_layer(net, layer) for layer in plan.layers()}
+    _remove_norms_(net, plan.norms, biased=method.biases, frozen=frozen)
+    for module in net.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # a fast path that calls no hooks, so no scalars
+    _attach_scalars_(net, plan, method)
+    if not collect_branches(net):
+        net.residual_branches = Declared(  # type: ignore[assignment]
+            ResidualBranch(branch.name, tuple(layers[id(layer)] for layer in branch.layers))
+            for branch in plan.branches
+        )
+    if not collect_classifiers(net):
+        net.classifier_layers = Declared(  # type: ignore[assignment]
+            layers[id(layer)] for layer in plan.head
+        )
+
+
+def weight_layer(net: nn.Module, layer: Layer) -> WeightLayer:
+    """A layer of a plan as the rules take it."""
+    path, _, name = layer.weight.rpartition(".")
+    module = net.get_submodule(path)
+    if isinstance(module, nn.Embedding) and layer.unit:
+        module = net.get_submodule(layer.unit)  # an output layer that shares its weight
+    role = _role(net, layer)
+    return WeightLayer(
+        module,
+        name,
+        layer.bias.rpartition(".")[2] if layer.bias else "",
+        role=role,
+        standard=HE_PER_GROUP if role == "conv" else XAVIER_UNIFORM,
+        copies=layer.copies,
+    )
+
+
+def _role(net: nn.Module, layer: Layer) -> str:
+    unit = net.get_submodule(layer.unit) if layer.unit else None
+    if isinstance(unit, nn.MultiheadAttention):
+        return ATTENTION_ROLES[layer.weight.removeprefix(f"{layer.unit}.")]
+    return "conv" if net.get_parameter(layer.weight).dim() > 2 else "fc"
+
+
+def _remove_norms_(
+    net: nn.Module, norms: tuple[PlannedNorm, ...], *, biased: bool, frozen: bool
+) -> None:
+    """Put a ``RemovedNorm`` in the place of each norm; one that has two paths stays one."""
+    modules = {norm.path: net.get_submodule(norm.path) for norm in norms}
+    biases = {id(modules[norm.path]) for norm in norms if norm.biased and biased}
+    constants = {id(modules[norm.path]) for norm in norms if norm.freezable and frozen}
+    made: dict[int, RemovedNorm] = {}
+    for path, norm in modules.items():
+        if id(norm) not in made:
+            made[id(norm)] = RemovedNorm(
+                norm, biased=id(norm) in biases, frozen=id(norm) in constants
+            )
+        net.set_submodule(path, made[id(norm)])
+
+
+def _attach_scalars_(net: nn.Module, plan: ConversionPlan, method: Method) -> None:
+    for path in plan.before if method.biases else ():
+        attach_before_(net.get_submodule(path))
+    if method.multiplier is not None:
+        for path in plan.multiplied:
+            attach_multiplier_(net.get_submodule(path), method.multiplier)
+    # Behind the multipliers: hooks run in the order in which they were registered.
+    for path in plan.after if method.biases else ():
+        attach_after_(net.get_submodule(path))
+    device = next(net.parameters()).device
+    for added in (*scalars(net), *frozen_norms(net)):
+        added.to(device)
