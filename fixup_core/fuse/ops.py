@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.fx._symbolic_trace import is_fx_tracing
+from torch.fx import _symbolic_trace
 from torch.nn import functional as F
 
 from fixup_core.rules.scalars import Scalar, ScalarBias, ScalarMultiplier
@@ -48,6 +48,8 @@ GLOBAL_HOOKS = (
     nn.modules.module._global_backward_pre_hooks,
 )
 
+# The older name warns where the newer one exists.
+_is_recorded = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)
 _plain = contextvars.ContextVar("fixup_plain_route", default=os.environ.get("FIXUP_PLAIN") == "1")
 
 
@@ -69,7 +71,7 @@ def may_fuse(net: nn.Module) -> bool:
     """Whether ``net`` may take the fused route now: nobody asks for the plain one, no hook hangs on
     a module that the fused route would not call, and no tracer records what is called.
     """
-    recorded = torch.jit.is_tracing() or is_fx_tracing()
+    recorded = torch.jit.is_tracing() or _is_recorded() or torch.compiler.is_exporting()
     hooked = any(GLOBAL_HOOKS) or any(map(_has_hooks, net.modules()))
     return not (_plain.get() or recorded or hooked)
 
