@@ -1,14 +1,15 @@
-"""What a user can get wrong, told in one line."""
+"""What a user can get wrong with fairseq, each explained in one line."""
 
 from __future__ import annotations
 
 import difflib
-import pickle
 import sys
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any, NoReturn
 
-from fixup_core.errors import Advice, UserError, explain
+from fixup_core.command_line import report
+from fixup_core.errors import Advice, UserError
 
 __all__ = ["KNOWN", "UserError", "check_architecture", "install_hook"]
 
@@ -19,23 +20,6 @@ KNOWN: tuple[Advice, ...] = (
         "",
         "training diverged ({error}). No checkpoint was harmed: lower --lr, lengthen "
         "--warmup-updates or set --clip-norm, and start again",
-    ),
-    (
-        pickle.UnpicklingError,
-        "",
-        "not a checkpoint that can be loaded safely: it is damaged, or holds objects of other "
-        "classes than fairseq's own checkpoints do. Use one that fairseq wrote",
-    ),
-    (
-        RuntimeError,
-        "PytorchStreamReader|central directory",
-        "the checkpoint is truncated or not a checkpoint ({error}). Restore from another "
-        "file of the same folder with --restore-file or --path",
-    ),
-    (
-        EOFError,
-        "Ran out of input",
-        "the checkpoint is empty. Restore from another file of the same folder",
     ),
     (
         (RuntimeError, KeyError),
@@ -61,7 +45,6 @@ KNOWN: tuple[Advice, ...] = (
         "--source-lang and --target-lang",
     ),
     (FileNotFoundError, "Dataset not found", "{error}: run fairseq-preprocess for this split"),
-    (FileNotFoundError, "", "{filename} does not exist: check the path"),
     (AssertionError, "Source and target must contain", "{error}: prepare the data again"),
     (
         IndexError,
@@ -84,17 +67,33 @@ def check_architecture(argv: Sequence[str], known: Sequence[str]) -> None:
             )
 
 
-def install_hook() -> None:
-    """Let a command that dies of an explained error print its line, without a traceback."""
+def install_hook(parser: Any = None) -> None:
+    """Let a fairseq command end as the project's own do (``fixup_core.command_line``).
+
+    The plugin is imported in the midst of the command, so that only what Python does with an error
+    that nobody has caught can be changed.
+
+    Args:
+        parser: The command's; its mistakes are one line too, without the usage before it.
+    """
+    if parser is not None:
+        parser.error = _mistake
     before = sys.excepthook
+    if getattr(before, "explains", False):
+        return
 
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        line = explain(error, KNOWN)
-        if line is None:
+        status = report(error, KNOWN)
+        if status is None:
             before(kind, error, traceback)
         else:
-            print(f"error: {line}", file=sys.stderr)
+            raise SystemExit(status)  # Python takes the status from it, and ends in order
 
+    hook.explains = True  # type: ignore[attr-defined]
     sys.excepthook = hook
+
+
+def _mistake(message: str) -> NoReturn:
+    raise UserError(f"{message}; see --help")

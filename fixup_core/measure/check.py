@@ -2,7 +2,8 @@
 
 NET is one of this project's networks or ``package.module:function``. The function, called without
 arguments or with the ``--rule``, returns what ``depth_check`` takes: a dictionary with ``make_net``
-and ``batch``, and what else it wants to set. Status 0: flat; 1: not; 2: a mistake.
+and ``batch``, and what else it wants to set. Status 0: flat; 1: not; 2: a mistake. The
+figure of ``--plot`` replaces an earlier one.
 """
 
 from __future__ import annotations
@@ -86,11 +87,11 @@ def _check(args: argparse.Namespace, rule: str | None) -> DepthCheck:
 def _subject(net: str, rule: str | None) -> dict[str, Any]:
     """What the network's function returns."""
     path, _, name = NETS.get(net, net).partition(":")
-    if not name:
+    if not name or not path or path.startswith("."):
         raise UserError(f"there is no network {net!r}: take {', '.join(NETS)} or module:function")
     try:
         function = getattr(importlib.import_module(path), name)
-    except (ModuleNotFoundError, AttributeError) as error:
+    except (ImportError, SyntaxError, AttributeError) as error:
         raise UserError(f"{net}: {error}") from error
     if rule is not None and "rule" not in inspect.signature(function).parameters:
         raise UserError(f"{net} takes no rule: leave --rule away")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fixup_core.errors import UserError
+from fixup_core.files import whole_file
 
 WIDTH, HEIGHT = 6.4, 4.2
 """Of one panel, in inches."""
@@ -55,13 +56,16 @@ def draw(panels: Sequence[Panel], file: Path | str) -> None:
     """Write the panels side by side into a file; its ending says in which format.
 
     Raises:
-        UserError: matplotlib is missing.
+        UserError: matplotlib is missing, or does not know the format.
     """
     figure = _figure(figsize=(WIDTH * len(panels), HEIGHT), layout="constrained")
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         _fill(axes, panel)
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=DPI)
+    formats = sorted(figure.canvas.get_supported_filetypes())
+    if Path(file).suffix.removeprefix(".") not in formats:
+        raise UserError(f"{file} has no ending of a figure: take one of {', '.join(formats)}")
+    with whole_file(file) as temporary:
+        figure.savefig(temporary, dpi=DPI)
 
 
 def _figure(**options: Any) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from fixup_core.errors import UserError
 from fixup_core.rules.parametrised import parameters_of_weight
 from fixup_core.rules.standards import Standard
 
@@ -58,7 +59,7 @@ class ResidualBranch:
 
     def __post_init__(self) -> None:
         if not self.layers:
-            raise ValueError(f"residual branch {self.name!r} has no weight layer")
+            raise UserError(f"residual branch {self.name!r} has no weight layer")
 
     @property
     def layers_per_branch(self) -> int:
@@ -70,7 +71,7 @@ def collect_branches(model: nn.Module) -> list[ResidualBranch]:
     """All residual branches of ``model``, in module order; their number is L.
 
     Raises:
-        ValueError: A weight lies in two branches, or twice in one.
+        UserError: A weight lies in two branches, or twice in one.
     """
     branches = [
         replace(branch, name=_join(path, branch.name))
@@ -81,7 +82,7 @@ def collect_branches(model: nn.Module) -> list[ResidualBranch]:
         for layer in branch.layers:
             key = id(parameters_of_weight(layer.module)[0])
             if key in owner:
-                raise ValueError(
+                raise UserError(
                     f"the branches {owner[key]!r} and {branch.name!r} share a weight: "
                     "rule 2 is defined for branches with weights of their own"
                 )

@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fixup_core.convert.attach import PackedWeight, constants
+from fixup_core.errors import UserError
 from fixup_core.rules.branches import (
     WeightLayer,
     collect_branches,
@@ -83,7 +84,7 @@ def fixup_init_(
         What was written, one row a parameter; ``str()`` of it is a table.
 
     Raises:
-        ValueError: A parameter that no rule covers (it is named), a model without branches, or a
+        UserError: A parameter that no rule covers (it is named), a model without branches, or a
             weight that lies in two branches. Nothing has been written then.
     """
     with plain_weights(model) as parametrised:
@@ -92,7 +93,7 @@ def fixup_init_(
             kept |= {id(parameter): parameter for parameter in module.plain(kept)}
         plan = _Plan(model, kept.values())
         if not plan.num_branches:
-            raise ValueError(
+            raise UserError(
                 f"{type(model).__name__} declares no residual branch: "
                 "give its blocks a residual_branches() method"
             )
@@ -133,7 +134,7 @@ def standard_init_(
         What was written, one row a parameter.
 
     Raises:
-        ValueError: A parameter of a type that is not known, or ``zero_last_gains`` where no
+        UserError: A parameter of a type that is not known, or ``zero_last_gains`` where no
             normalisation ends a branch. Nothing has been written then.
     """
     with plain_weights(model) as parametrised:
@@ -248,7 +249,7 @@ class _Plan:
     def add_norms(self, zero_last_gains: bool) -> None:
         zeroed = {id(norm.weight) for norm in collect_last_norms(self.model)}
         if zero_last_gains and not zeroed:
-            raise ValueError(
+            raise UserError(
                 f"no branch of {type(self.model).__name__} ends with a normalisation layer, "
                 "whose gain could start at 0"
             )
@@ -285,7 +286,7 @@ class _Plan:
                 self._bias(module, role)
         missing = [n for key, n in self.names.items() if not self._done(key)]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"no rule covers the parameter(s) {', '.join(missing)}: declare them in "
                 "residual_branches(), classifier_layers() or standard_layers() of their module, "
                 "or pass them in keep="
@@ -297,7 +298,7 @@ class _Plan:
     def _drawn(self, layer: WeightLayer, role: str, **where: Any) -> None:
         module, standard = layer.module, layer.standard or standard_of(layer.module)
         if standard is None:
-            raise ValueError(
+            raise UserError(
                 f"no standard initialisation is known for {type(module).__name__} "
                 f"({self.names[id(module.weight)]}): name one in its WeightLayer"
             )
@@ -330,7 +331,7 @@ class _Plan:
         if key in self.kept:
             return
         if key in self.entries:
-            raise ValueError(
+            raise UserError(
                 f"{entry.row.name} would be written twice, as {self.entries[key].row.role} "
                 f"and as {entry.row.role}: declare it once"
             )

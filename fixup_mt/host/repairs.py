@@ -31,6 +31,7 @@ from fairseq.tasks import FairseqTask
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
+from fixup_core.files import whole_file
 from fixup_mt.errors import UserError, check_architecture, install_hook
 
 logger = logging.getLogger(__name__)
@@ -67,9 +68,9 @@ def copy_checkpoints_atomically() -> None:
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
         if "://" in dst_path:  # a remote store, through iopath
             return original(src_path, dst_path, overwrite=overwrite)
-        temporary = f"{dst_path}.tmp"
-        original(src_path, temporary, overwrite=True)
-        return Path(temporary).replace(dst_path)
+        with whole_file(dst_path) as temporary:
+            original(src_path, str(temporary), overwrite=True)
+        return dst_path
 
     PathManager.copy = staticmethod(copy)
 
@@ -184,7 +185,7 @@ def explain_mistakes() -> None:
 
     @functools.wraps(original)
     def parse_args_and_arch(parser: Any, input_args: Any = None, *args: Any, **kwargs: Any) -> Any:
-        install_hook()  # here, and not at import: only fairseq's commands come by
+        install_hook(parser)  # here, and not at import: only fairseq's commands come by
         check_architecture(input_args or sys.argv[1:], list(ARCH_MODEL_REGISTRY))
         return original(parser, input_args, *args, **kwargs)
 
