@@ -78,7 +78,7 @@ COMMON: tuple[Advice, ...] = (
         "checkpoint does",
     ),
     (EOFError, "Ran out of input", "{file} is empty: take another file of the same folder"),
-    (EOFError, "", "{file} ends too early: it is damaged"),
+    (EOFError, "", "{file} is empty or ends too early: it is damaged"),
     (UnicodeDecodeError, "", "{file} is not UTF-8 text ({error}): convert it first"),
     (json.JSONDecodeError, "", "{file} is not JSON, or is damaged: {error}"),
     (
@@ -90,7 +90,7 @@ COMMON: tuple[Advice, ...] = (
 )
 """What to say of errors that Python and torch raise about files."""
 
-LOADING = "{file} is damaged, or not a checkpoint ({error})"
+LOADING = "{file} is damaged, or not a checkpoint: take another file of the same folder"
 """What to say of any other error inside ``torch.load``: bytes of other files can raise anything."""
 
 RAISED = re.compile(r"^(?:\w+\.)*(\w+): (.*(?:\n[ \t].*)*)", re.MULTILINE)
@@ -118,7 +118,7 @@ def explain(error: BaseException, known: Sequence[Advice] = ()) -> str | None:
             if one.is_a(kind) and re.search(pattern, one.text):
                 return one_line(advice.format(error=one_line(one.text), file=one.file))
         if one.direct and one.loading:
-            return one_line(LOADING.format(error=one_line(one.text), file=one.file))
+            return one_line(LOADING.format(file=one.file))
     return None
 
 
@@ -158,7 +158,7 @@ def _causes(error: BaseException | None) -> Iterator[_Cause]:
         kinds = frozenset(kind.__name__ for kind in type(error).__mro__)
         text, loaded = str(error), _loaded_file(error)
         named = getattr(error, "filename2", None) or getattr(error, "filename", None) or loaded
-        loading = loaded is not None and not kinds & {"OSError", "MemoryError"}
+        loading = loaded is not None and "MemoryError" not in kinds
         yield _Cause(kinds, text, str(named or "the file"), loading, direct)
         if "ProcessRaisedException" in kinds:
             for number, (kind, raised) in enumerate(reversed(RAISED.findall(text))):

@@ -5,6 +5,7 @@ Without a command it prints the folder for fairseq's ``--user-dir``.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,4 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # fairseq's log is for fairseq's commands.
+    logging.disable(logging.INFO)
     sys.exit(main())

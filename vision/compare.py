@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fixup_core.errors import UserError
-from fixup_core.measure.figures import Curve, Panel, draw
+from fixup_core.measure.figures import Curve, Panel, check_figure_file, draw
 from vision import RUNS
 
 TABLE = "{:40} {:>7} {:>11} {:>14} {:>14}"
@@ -86,6 +86,7 @@ def compare(runs: Sequence[Path], output: Path) -> None:
         runs: Folders of ``python -m vision fit``; test accuracy is shown where ``test`` was run.
         output: The figure.
     """
+    check_figure_file(output)
     found = [read_run(folder) for folder in runs]
     print(TABLE.format("run", "epochs", "train loss", "val accuracy", "test accuracy"))
     for run in found:

@@ -28,6 +28,7 @@ from fixup_core.measure.depth import (
     depth_check,
     plot_depth_checks,
 )
+from fixup_core.measure.figures import check_figure_file
 
 NETS = {
     "cifar": "vision.nets.depth_nets:cifar",
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; 0 where every rule is flat, else 1."""
     if args.moved and args.branches:
         raise UserError("give --moved or --branches, not both")
+    if args.plot:
+        check_figure_file(args.plot)
     checks = {rule or args.net: _check(args, rule) for rule in args.rule or [None]}
     if args.json:
         print(json.dumps({name: _plain(check) for name, check in checks.items()}, indent=2))

@@ -52,6 +52,20 @@ class Panel:
     ticks: Sequence[float] = ()
 
 
+def check_figure_file(file: Path | str) -> None:
+    """Refuse what no figure can be written to; to be called before minutes of work.
+
+    Raises:
+        UserError: A folder, or an ending that no format has; matplotlib is missing.
+    """
+    formats = sorted(_figure().canvas.get_supported_filetypes())
+    if Path(file).suffix.removeprefix(".").lower() not in formats:
+        raise UserError(f"{file} has no ending of a figure: take one of {', '.join(formats)}")
+    if Path(file).is_dir():
+        raise UserError(f"{file} is a folder: give a file")
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+
+
 def draw(panels: Sequence[Panel], file: Path | str) -> None:
     """Write the panels side by side into a file; its ending says in which format.
 
@@ -61,9 +75,7 @@ def draw(panels: Sequence[Panel], file: Path | str) -> None:
     figure = _figure(figsize=(WIDTH * len(panels), HEIGHT), layout="constrained")
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         _fill(axes, panel)
-    formats = sorted(figure.canvas.get_supported_filetypes())
-    if Path(file).suffix.removeprefix(".") not in formats:
-        raise UserError(f"{file} has no ending of a figure: take one of {', '.join(formats)}")
+    check_figure_file(file)
     with whole_file(file) as temporary:
         figure.savefig(temporary, dpi=DPI)
 

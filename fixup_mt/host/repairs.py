@@ -32,7 +32,7 @@ from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
 from fixup_core.files import whole_file
-from fixup_mt.errors import UserError, check_architecture, install_hook
+from fixup_mt.errors import UserError, check_architecture, check_options, install_hook
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,9 @@ def explain_mistakes() -> None:
     def parse_args_and_arch(parser: Any, input_args: Any = None, *args: Any, **kwargs: Any) -> Any:
         install_hook(parser)  # here, and not at import: only fairseq's commands come by
         check_architecture(input_args or sys.argv[1:], list(ARCH_MODEL_REGISTRY))
-        return original(parser, input_args, *args, **kwargs)
+        parsed = original(parser, input_args, *args, **kwargs)
+        check_options(parsed[0] if isinstance(parsed, tuple) else parsed)
+        return parsed
 
     options.parse_args_and_arch = parse_args_and_arch
 

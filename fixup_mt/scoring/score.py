@@ -113,6 +113,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--compound-split belongs to the tokenised BLEU; add --tokenised")
     if args.tokenised_reference is not None and not args.tokenised:
         raise UserError("--tokenised-reference is used by --tokenised only; add --tokenised")
+    parse_settings(args.setting)
 
 
 def read_lines(path: Path) -> list[str]:

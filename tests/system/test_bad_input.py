@@ -16,7 +16,7 @@ def _digest(path: Path) -> str:
 
 
 def _refused(done, says: str) -> None:
-    assert done.returncode == 1, done.stdout[-2000:]
+    assert done.returncode == 2, done.stdout[-2000:]
     lines = done.stderr.strip().splitlines()
     assert lines[-1].startswith("error: ") and says in lines[-1], done.stderr[-2000:]
     assert "Traceback" not in done.stderr
