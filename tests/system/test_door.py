@@ -260,6 +260,22 @@ def _fairseq(checkpoint: str, data: str) -> Lines:
     }
 
 
+SAYS = {
+    "transformer_fixpu": "nearest: transformer_fixup",
+    "nonsense": "--adam-betas is 'nonsense': that is no Python literal",
+    "0": " 0",
+    "3": "does not divide --decoder-embed-dim 64",
+    "1.5": "--dropout is 1.5: give 0 to 1",
+    "nowhere.pt": "nowhere.pt",
+    "empty": "empty is empty or ends too early",
+    "garbage": "garbage cannot be loaded safely: it is damaged",
+    "text": "text is damaged, or not a checkpoint",
+    "cut": "cut is damaged, or not a checkpoint",
+    "folder.png": "folder.png is a folder",
+}
+"""What the error says of a line of fairseq's, by the line's last word."""
+
+
 @pytest.fixture
 def fairseq_main(monkeypatch: pytest.MonkeyPatch) -> Callable[[Line], int]:
     """A fairseq command in this process; what Python does with its error is done by hand."""
@@ -294,4 +310,4 @@ def test_fairseq(
     capsys: pytest.CaptureFixture,
 ) -> None:
     for line in _fairseq(str(trained / "checkpoint_last.pt"), str(data_bin))[mistake]:
-        _drive(fairseq_main, line, capsys)
+        assert SAYS.get(line[-1], "") in _drive(fairseq_main, line, capsys)
