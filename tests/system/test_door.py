@@ -101,7 +101,10 @@ def _translation(checkpoint: str, data: str) -> Lines:
         ],
         "folder for a file": [*reads("folder.png"), ["translate", "--model", "folder.png"]],
         "empty file": reads("empty"),
-        "garbage": [line for file in ("garbage", "text", "cut") for line in reads(file)],
+        "garbage": [
+            *(line for file in ("garbage", "text", "cut") for line in reads(file)),
+            [*export, checkpoint, "--sentencepiece", "garbage"],
+        ],
         "output": [
             ["average", "--inputs", checkpoint, "--output", "taken"],
             ["average", "--inputs", checkpoint, "--output", "taken/new.pt"],
