@@ -18,35 +18,46 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	    { rm -rf $(VENV) && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")' \
 	    && $(PYTHON) -m venv $(VENV); }
-	@echo "setting up $(VENV): torch and fairseq, 6 GB, some minutes"
-	$(INSTALL) torch numpy cython setuptools wheel ninja
-	$(INSTALL) --no-build-isolation fairseq-fixed
-	$(INSTALL) --no-build-isolation -e '.[dev]'
+	@echo "== setting up $(VENV): torch and fairseq, 6 GB, some minutes"
+	@echo "== 1/3 torch"
+	@$(INSTALL) torch numpy cython setuptools wheel ninja
+	@echo "== 2/3 fairseq, compiled where there is no wheel"
+	@$(INSTALL) --no-build-isolation fairseq-fixed
+	@echo "== 3/3 the project and its tools"
+	@$(INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m fixup_mt demo
-	$(BIN)/python -m vision demo
+	@echo "== demo 1/2: German to English, minutes"
+	@$(BIN)/python -m fixup_mt demo
+	@echo "== demo 2/2: images, minutes"
+	@$(BIN)/python -m vision demo
 
 # Most tests are commands in processes of their own, one thread each; a worker for a core.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: setup
-	$(TEST)
+	@echo "== tests: minutes, a dot for each"
+	@$(TEST)
 
 test-slow: setup
-	$(TEST) -m slow
+	@echo "== slow tests: many minutes, a dot for each"
+	@$(TEST) -m slow
 
 check: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	@echo "== linter"
+	@$(BIN)/ruff check .
+	@echo "== format"
+	@$(BIN)/ruff format --check .
+	@echo "== types"
+	@$(BIN)/mypy
+
+BENCHMARKS := vision_step mt_step mt_generate growth
 
 bench: setup
-	$(BIN)/python benchmarks/vision_step.py
-	$(BIN)/python benchmarks/mt_step.py
-	$(BIN)/python benchmarks/mt_generate.py
-	$(BIN)/python benchmarks/growth.py
+	@for name in $(BENCHMARKS); do \
+	    echo "== benchmark $$name" && $(BIN)/python benchmarks/$$name.py || exit; \
+	done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -4,9 +4,24 @@ Importing the package registers the models ``transformer_fixup`` and ``transform
 repairs what today's fairseq does silently wrong (``fixup_mt.host.repairs``).
 """
 
-from fixup_mt.host import repairs as _repairs
-from fixup_mt.model import model as _model  # noqa: F401 (registers the models)
-from fixup_mt.model import presets as _presets
+import functools
+import sys
 
-_presets.register()
-_repairs.apply()
+
+@functools.cache
+def register() -> None:
+    """Register the models and apply the repairs; more than once is harmless."""
+    from fixup_mt.host import repairs
+    from fixup_mt.model import (
+        model,  # noqa: F401 (registers the models)
+        presets,
+    )
+
+    presets.register()
+    repairs.apply()
+
+
+# While `python -m fixup_mt` is starting, argv[0] is "-m": a help text must not wait for fairseq.
+# Its commands register where they need to.
+if sys.argv[:1] != ["-m"]:
+    register()

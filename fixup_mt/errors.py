@@ -1,16 +1,19 @@
-"""What a user can get wrong, told in one line."""
+"""What a user can get wrong with fairseq, each explained in one line."""
 
 from __future__ import annotations
 
+import ast
 import difflib
-import pickle
+import math
 import sys
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any, NoReturn
 
-from fixup_core.errors import Advice, UserError, explain
+from fixup_core.command_line import report
+from fixup_core.errors import Advice, UserError
 
-__all__ = ["KNOWN", "UserError", "check_architecture", "install_hook"]
+__all__ = ["KNOWN", "UserError", "check_architecture", "check_options", "install_hook"]
 
 
 KNOWN: tuple[Advice, ...] = (
@@ -19,23 +22,6 @@ KNOWN: tuple[Advice, ...] = (
         "",
         "training diverged ({error}). No checkpoint was harmed: lower --lr, lengthen "
         "--warmup-updates or set --clip-norm, and start again",
-    ),
-    (
-        pickle.UnpicklingError,
-        "",
-        "not a checkpoint that can be loaded safely: it is damaged, or holds objects of other "
-        "classes than fairseq's own checkpoints do. Use one that fairseq wrote",
-    ),
-    (
-        RuntimeError,
-        "PytorchStreamReader|central directory",
-        "the checkpoint is truncated or not a checkpoint ({error}). Restore from another "
-        "file of the same folder with --restore-file or --path",
-    ),
-    (
-        EOFError,
-        "Ran out of input",
-        "the checkpoint is empty. Restore from another file of the same folder",
     ),
     (
         (RuntimeError, KeyError),
@@ -60,8 +46,10 @@ KNOWN: tuple[Advice, ...] = (
         "no fairseq data in this directory: give the folder that fairseq-preprocess wrote, or "
         "--source-lang and --target-lang",
     ),
+    (OSError, "^Model file not found", "{error}: check --path"),
+    (AssertionError, "--path required", "--path is required: give a checkpoint"),
+    (AssertionError, "world size is .* available devices", "{error}: --distributed-world-size"),
     (FileNotFoundError, "Dataset not found", "{error}: run fairseq-preprocess for this split"),
-    (FileNotFoundError, "", "{filename} does not exist: check the path"),
     (AssertionError, "Source and target must contain", "{error}: prepare the data again"),
     (
         IndexError,
@@ -75,7 +63,7 @@ KNOWN: tuple[Advice, ...] = (
 
 def check_architecture(argv: Sequence[str], known: Sequence[str]) -> None:
     """Raise ``UserError`` naming the nearest architectures where ``--arch`` names none."""
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, value in zip(argv, [*argv[1:], ""], strict=False):
         name = value if flag in ("--arch", "-a") else flag.removeprefix("--arch=")
         if (flag in ("--arch", "-a") or name != flag) and name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
@@ -84,17 +72,73 @@ def check_architecture(argv: Sequence[str], known: Sequence[str]) -> None:
             )
 
 
-def install_hook() -> None:
-    """Let a command that dies of an explained error print its line, without a traceback."""
+POSITIVE = (
+    *("encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads"),
+    *("decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_attention_heads"),
+    *("max_tokens", "batch_size", "update_freq", "beam", "nbest"),
+)
+PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "label_smoothing")
+LIMITS: dict[str, tuple[float, float]] = (
+    dict.fromkeys(POSITIVE, (1.0, math.inf))
+    | dict.fromkeys(PROBABILITIES, (0.0, 1.0))
+    | dict.fromkeys(("lr", "num_workers", "clip_norm"), (0.0, math.inf))
+)
+"""The least and the largest value of fairseq's options that fail late or act silently beyond."""
+LITERALS = ("adam_betas", "model_overrides")
+"""Options whose text is a Python literal."""
+
+
+def check_options(args: Any) -> None:
+    """Raise ``UserError`` for a parsed option of fairseq's that is out of range or no literal."""
+    for name, (low, high) in LIMITS.items():
+        value = getattr(args, name, None)
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, int | float) and not low <= each <= high:
+                end = "or more" if high == math.inf else f"to {high:g}"
+                raise UserError(f"{_flag(name)} is {each:g}: give {low:g} {end}")
+    for name in LITERALS:
+        text = getattr(args, name, None)
+        if isinstance(text, str):
+            try:
+                ast.literal_eval(text)
+            except (SyntaxError, ValueError) as error:
+                raise UserError(f"{_flag(name)} is {text!r}: that is no Python literal") from error
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def install_hook(parser: Any = None) -> None:
+    """Let a fairseq command end as the project's own do (``fixup_core.command_line``).
+
+    The plugin is imported in the midst of the command, so that only what Python does with an error
+    that nobody has caught can be changed.
+
+    Args:
+        parser: The command's; its mistakes are one line too, without the usage before it.
+    """
+    if parser is not None:
+        parser.error = _mistake
+        arch = parser._option_string_actions.get("--arch")
+        if arch is not None and arch.default is None:
+            arch.required = True  # without one, fairseq raises an empty error
     before = sys.excepthook
+    if getattr(before, "explains", False):
+        return
 
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        line = explain(error, KNOWN)
-        if line is None:
+        status = report(error, KNOWN)
+        if status is None:
             before(kind, error, traceback)
         else:
-            print(f"error: {line}", file=sys.stderr)
+            raise SystemExit(status)  # Python takes the status from it, and ends in order
 
+    hook.explains = True  # type: ignore[attr-defined]
     sys.excepthook = hook
+
+
+def _mistake(message: str) -> NoReturn:
+    raise UserError(f"{message}; see --help")

@@ -1,1 +1,6 @@
-"""Residual networks for images, with and without normalisation, in PyTorch Lightning."""
+"""Fixup ResNets and their rivals; the command line is ``python -m vision``."""
+
+from pathlib import Path
+
+RUNS = Path("runs/vision")
+"""Where commands leave what they make, unless another place is given."""

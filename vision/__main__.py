@@ -1,69 +1,56 @@
-"""Command line: ``python -m vision fit|validate|test|predict --config ...``, and tools around it.
+"""Fixup ResNets and their rivals: trainings, the paper's figures, and tools around them.
 
-``sweep depth|lr|degradation|lesion`` draws the paper's figures, ``compare`` sets finished runs side
-by side, ``export`` writes a network as ONNX, ``demo`` trains Fixup and BatchNorm on the built-in
-digits.
+``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's: ``python -m vision fit --config
+recipes/vision/digits_fixup_resnet20.yaml``. Each command has a --help of its own.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from jsonargparse import auto_cli
+from fixup_core.command_line import Command, run_chosen, run_command
+from vision.errors import KNOWN
 
-from fixup_core.errors import explain
-from vision.cli import RUNS, VisionCLI
-from vision.compare import compare, demo
-from vision.errors import KNOWN, Parser
-from vision.export import export
-from vision.sweep.points import COMMANDS
-
-
-def _compare(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m vision compare", description="A table of finished runs, and their curves."
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    default = RUNS / "compare.png"
-    parser.add_argument("--output", type=Path, default=default, help=f"figure; {default}")
-    args = parser.parse_args(argv)
-    compare(args.runs, args.output)
-
-
-def _tool(functions: Any, name: str) -> Callable[[list[str]], object]:
-    program = f"python -m vision {name}"
-    return lambda argv: auto_cli(
-        functions, as_positional=False, args=argv, parser_class=Parser, prog=program
-    )
-
-
-TOOLS: dict[str, Callable[[list[str]], object]] = {
-    "sweep": _tool(COMMANDS, "sweep"),
-    "compare": _compare,
-    "export": _tool(export, "export"),
-    "demo": _tool(demo, "demo"),
+COMMANDS = {
+    "fit": Command("vision.cli", "train a network; its run leaves one folder"),
+    "validate": Command("vision.cli", "score a run's checkpoint on the validation set"),
+    "test": Command("vision.cli", "score a run's checkpoint on the test set"),
+    "predict": Command("vision.cli", "write a table of a run's predictions"),
+    "sweep": Command(
+        "vision.sweep.sweeps", "draw the paper's figures: depth, lr, degradation, lesion"
+    ),
+    "compare": Command("vision.compare", "set finished runs side by side: a table and curves"),
+    "export": Command("vision.export", "write a trained network as ONNX"),
+    "demo": Command("vision.demo", "train Fixup and BatchNorm on the built-in digits"),
 }
 
 
-def main() -> None:
-    """Run the command line; a mistake ends in one line and status 1."""
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    try:
-        if command in TOOLS:
-            TOOLS[command](sys.argv[2:])
-        else:
-            VisionCLI()
-    except Exception as error:
-        line = explain(error, KNOWN)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(1)
+LIGHTNING = ("fit", "validate", "test", "predict")
+"""Parsed by LightningCLI; ``sweep`` is parsed by jsonargparse, the others by argparse."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    line = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _run(line), KNOWN)
+
+
+def _run(line: list[str]) -> int | None:
+    name = line[0] if line else ""
+    # Lightning takes options before its command, too.
+    if name in LIGHTNING or (name.startswith("-") and name not in ("-h", "--help")):
+        from vision.cli import run_lightning
+
+        run_lightning(line)
+        return None
+    if name == "sweep":
+        from vision.sweep.sweeps import run_sweep
+
+        run_sweep(line[1:])
+        return None
+    return run_chosen("python -m vision", __doc__, COMMANDS, line)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

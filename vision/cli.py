@@ -19,26 +19,39 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from fixup_core.errors import UserError
+from vision import RUNS
 from vision.data import VisionData
-from vision.errors import Parser
+from vision.parser import Parser
 from vision.training.callbacks import AugmentedImages, PredictionTable, SameOptions
 from vision.training.checkpoints import checkpoint_callbacks, save_whole_files
 from vision.training.lit_classifier import LitClassifier
 
-RUNS = Path("runs/vision")
-HELP = (
-    "Fixup ResNets and their rivals. Besides the commands below: sweep (the paper's figures), "
-    "compare (finished runs side by side), export (ONNX), demo; each has a --help of its own."
+NEEDLESS = (
+    # A run that goes on writes into the folder it has.
+    "Checkpoint directory .* exists and is not empty",
+    # Nothing a user could mend.
+    ".*is not supported by the model summary",
+    ".*LeafSpec.* is deprecated",
+    "LightningCLI's args parameter is intended",
 )
+"""Warnings that no command shows."""
 
-# A run that goes on writes into the folder it has.
-warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
-# Nothing a user could mend.
-warnings.filterwarnings("ignore", ".*is not supported by the model summary")
-warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
-logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-    lambda record: "💡" not in record.getMessage()  # advertisements
-)
+
+def run_lightning(line: list[str]) -> None:
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` with its options."""
+    silence_needless()
+    VisionCLI(line)
+
+
+def silence_needless() -> None:
+    """For the commands' process: what libraries say that helps nobody."""
+    for text in NEEDLESS:
+        warnings.filterwarnings("ignore", text)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "💡" not in record.getMessage()
 
 
 class VisionCLI(LightningCLI):
@@ -50,7 +63,7 @@ class VisionCLI(LightningCLI):
             VisionData,
             subclass_mode_data=True,
             parser_class=Parser,
-            parser_kwargs={"prog": "python -m vision", "description": HELP},
+            parser_kwargs={"prog": "python -m vision"},
             auto_configure_optimizers=False,
             seed_everything_default=1,
             save_config_callback=SavedConfig,

@@ -1,22 +1,33 @@
-"""Runs side by side: ``python -m vision compare RUN RUN ...`` and ``python -m vision demo``.
+"""Runs side by side: ``python -m vision compare RUN RUN ...``, a table and curves.
 
 A run is the folder that ``python -m vision fit`` leaves; the numbers are those of its log.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fixup_core.errors import UserError
-from fixup_core.measure.figures import Curve, Panel, draw
-from vision.cli import RUNS, VisionCLI
+from fixup_core.measure.figures import Curve, Panel, check_figure_file, draw
+from vision import RUNS
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "vision"
-DEMO = ("digits_fixup_resnet20", "digits_batchnorm_resnet20")
 TABLE = "{:40} {:>7} {:>11} {:>14} {:>14}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options; its figure is drawn anew."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    default = RUNS / "compare.png"
+    parser.add_argument("--output", type=Path, default=default, help=f"figure; {default}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the table and draw the curves."""
+    compare(args.runs, args.output)
 
 
 @dataclass
@@ -50,15 +61,22 @@ def read_run(folder: Path) -> Run:
     run = Run(folder.name)
     files = [file for kind in ("metrics", "test") for file in _logs(folder / kind)]
     for file in files:
-        with file.open(newline="") as lines:
-            for row in csv.DictReader(lines):
-                for name, value in row.items():
-                    # The learning rate's rows have no epoch.
-                    if value and row["epoch"] and name not in ("epoch", "step"):
-                        run.metrics.setdefault(name, {})[int(row["epoch"])] = float(value)
+        try:
+            _read_log(file, run)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{file} is damaged: it is not a log of fit's runs") from error
     if "train/loss" not in run.metrics:
         raise UserError(f"{folder} holds no metrics of a training: give folders of fit's runs")
     return run
+
+
+def _read_log(file: Path, run: Run) -> None:
+    with file.open(newline="", encoding="utf-8") as lines:
+        for row in csv.DictReader(lines):
+            for name, value in row.items():
+                # The learning rate's rows have no epoch.
+                if value and row["epoch"] and name not in ("epoch", "step"):
+                    run.metrics.setdefault(name, {})[int(row["epoch"])] = float(value)
 
 
 def compare(runs: Sequence[Path], output: Path) -> None:
@@ -68,6 +86,7 @@ def compare(runs: Sequence[Path], output: Path) -> None:
         runs: Folders of ``python -m vision fit``; test accuracy is shown where ``test`` was run.
         output: The figure.
     """
+    check_figure_file(output)
     found = [read_run(folder) for folder in runs]
     print(TABLE.format("run", "epochs", "train loss", "val accuracy", "test accuracy"))
     for run in found:
@@ -84,29 +103,6 @@ def compare(runs: Sequence[Path], output: Path) -> None:
         output,
     )
     print(f"figure: {output}")
-
-
-def demo(output: Path = RUNS / "demo") -> None:
-    """Train Fixup and BatchNorm on the built-in digits, test both, and compare them.
-
-    Args:
-        output: Folder of both runs and of ``curves.png``. A run that was cut off goes on, one that
-            is finished is not done again.
-    """
-    for name in DEMO:
-        _train_and_test(RECIPES / f"{name}.yaml", output / name)
-    compare([output / name for name in DEMO], output / "curves.png")
-
-
-def _train_and_test(recipe: Path, folder: Path) -> None:
-    line = ["--config", str(recipe), "--trainer.default_root_dir", str(folder)]
-    last, tested = folder / "checkpoints" / "last.ckpt", folder / "tested"
-    if tested.exists():
-        return
-    resume = ["--ckpt_path", "last"] if last.exists() else []
-    VisionCLI(["fit", *line, *resume])
-    VisionCLI(["test", *line])
-    tested.touch()
 
 
 def _logs(folder: Path) -> list[Path]:

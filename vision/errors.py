@@ -1,19 +1,8 @@
-"""Mistakes on the command line, told in one line."""
+"""What a user can get wrong with images and their networks, each explained in one line."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import pickle
-import re
-import sys
-from typing import Any, NoReturn
-
-from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-from fixup_core.errors import Advice, one_line
-from vision.data import TensorData, VisionData
+from fixup_core.errors import Advice
 
 KNOWN: tuple[Advice, ...] = (
     (
@@ -21,88 +10,24 @@ KNOWN: tuple[Advice, ...] = (
         r"Error\(s\) in loading state_dict",
         "the checkpoint is of another network: give the --model options it was trained with",
     ),
-    (
-        RuntimeError,
-        "PytorchStreamReader|central directory",
-        "the checkpoint is truncated, or none: take another file of the same folder",
-    ),
-    (
-        pickle.UnpicklingError,
-        "",
-        "not a checkpoint that can be loaded safely: it is damaged, or holds objects of other "
-        "classes than this project's checkpoints do",
-    ),
-    (MisconfigurationException, "", "{error}"),
+    ("MisconfigurationException", "", "{error}"),
     (
         ModuleNotFoundError,
         "onnx",
         "exporting wants more packages: pip install onnx onnxruntime onnxscript",
     ),
-    (EOFError, "", "the checkpoint is empty: take another file of the same folder"),
-    (KeyError, r"^\d+$", "not a checkpoint: check --ckpt_path"),
-    (IsADirectoryError, "", "{filename} is a folder: give a file"),
-    (FileExistsError, "", "{filename} is a file: give a folder"),
+    (
+        KeyError,
+        r"^'?(\d+|pytorch-lightning_version|state_dict|hyper_parameters)'?$",
+        "this file is not a checkpoint of python -m vision fit: check the path",
+    ),
     (
         RuntimeError,
         r"to have \d+ channels, but got",
         "the images have another number of channels than --model.options.in_channels",
     ),
     (FileNotFoundError, "Checkpoint file not found", "{error}: check --ckpt_path"),
-    (FileNotFoundError, "", "{filename} does not exist: check the path"),
-    (KeyError, "pytorch-lightning_version", "this file is no checkpoint of Lightning's"),
+    ("URLError", "", "nothing could be downloaded: {error}"),
 )
-"""What to say of errors that torch and Lightning raise."""
-
-
-class Parser(LightningArgumentParser):
-    """Lightning's parser; it tells a mistake in one line, with the nearest right option."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the line and exit with status 2."""
-        print(f"error: {_shortened(message)}{self._nearest(message)}", file=sys.stderr)
-        sys.exit(2)
-
-    def _nearest(self, message: str) -> str:
-        wrong = re.search(
-            r"[Uu]nrecognized arguments: (--\S+)|Option '(\S+)' is not accepted", message
-        )
-        if not wrong:
-            return ""
-        name = (wrong[1] or f"--data.{wrong[2]}").split("=")[0]
-        options = sorted(self._options() - {name, "--help"})
-        near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-        return f"; did you mean {near[0]}?" if near else "; see --help"
-
-    def _options(self) -> set[str]:
-        """All options of all subcommands, and those of the data modules."""
-        parsers: list[Any] = [self]
-        for action in self._actions:
-            parsers += (getattr(action, "choices", None) and _parsers(action.choices)) or []
-        found = {name for parser in parsers for name in parser._option_string_actions}
-        modules = [VisionData, *_subclasses(VisionData)]
-        return found | {
-            f"--data.{name}" for cls in modules for name in inspect.signature(cls).parameters
-        }
-
-
-def _parsers(choices: Any) -> list[Any]:
-    values = choices.values() if isinstance(choices, dict) else ()
-    return [value for value in values if hasattr(value, "_option_string_actions")]
-
-
-def _subclasses(cls: type) -> list[type]:
-    direct: list[type] = cls.__subclasses__()
-    return direct + [below for one in direct for below in _subclasses(one)]
-
-
-def _shortened(message: str) -> str:
-    """The sentences that say what is wrong, without the listings of types that were tried."""
-    wrong = re.search(r'Parser key "(?:recipe\.)?data":.*Given value: (\S+)$', message, re.DOTALL)
-    if wrong:
-        names = [cls.__name__ for cls in _subclasses(VisionData) if cls is not TensorData]
-        near = difflib.get_close_matches(wrong[1].split(".")[-1], names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-        return f"there is no data module {wrong[1]}; {hint}"
-    lines = [line.strip(" -") for line in message.splitlines()]
-    refused = [line for line in lines if line.startswith("Option '")]
-    return one_line(refused[0] if refused else " ".join(lines))
+"""What to say of errors that torch and Lightning raise; classes that take long to import are
+named."""

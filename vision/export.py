@@ -1,33 +1,58 @@
-"""``python -m vision export``: a trained network as ONNX, its scalars folded away."""
+"""``python -m vision export``: a trained network as ONNX, its scalars folded away.
+
+Its input ``images``, float [B, C, H, W], is normalised as the data module does it; its output is
+``logits``, [B, classes]. ResNets take images of any size. onnxruntime's logits are held against
+PyTorch's before the file gets its name.
+"""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fixup_core.errors import UserError
+from fixup_core.files import refuse_existing, whole_file
+from fixup_core.fuse.exports import (
+    add_export_options,
+    check_checkpoint,
+    check_difference,
+    describe_export,
+)
 from fixup_core.fuse.fold import fold
 from fixup_core.fuse.onnx_file import write_onnx
 from vision.nets import image_of, net_options
 from vision.training.lit_classifier import load_classifier
 
+SOURCE = "python -m vision fit"
+ENGINE, OUTPUTS = "onnxruntime", "logits"
 TOLERANCE = 1e-4
 """Of the largest logit: what the engine's other order of additions may change."""
 
 
-def export(checkpoint: Path, output: Path = Path("model.onnx")) -> None:
-    """Write a trained network as ONNX, and hold onnxruntime's outputs against PyTorch's.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add_export_options(parser, source=SOURCE, metavar="FILE", help="file to write, as model.onnx")
 
-    Its input ``images``, float [B, C, H, W], is normalised as the data module does it; its output
-    is ``logits``, [B, classes]. Fixup's scalars are folded into weights and biases. ResNets take
-    images of any size.
+
+def run(args: argparse.Namespace) -> None:
+    """Load, export and check."""
+    refuse_existing(args.output, args.overwrite)
+    check_checkpoint(args.checkpoint, SOURCE)
+    export(args.checkpoint, args.output)
+
+
+def export(checkpoint: Path, output: Path) -> None:
+    """Write a trained network as ONNX, and hold onnxruntime's outputs against PyTorch's.
 
     Args:
         checkpoint: Of ``python -m vision fit``.
-        output: The file.
+        output: The file, replaced where it exists.
+
+    Raises:
+        UserError: The outputs differ; nothing is written.
     """
     model = load_classifier(checkpoint)
     name, options = model.args.net, model.args.options or {}
@@ -37,24 +62,18 @@ def export(checkpoint: Path, output: Path = Path("model.onnx")) -> None:
         free |= {2: "height", 3: "width"}
     images = torch.randn(2, channels, size, size)
     net = plain_network(model.net)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f"{output.name}.tmp")
-    write_onnx(
-        net,
-        [images],
-        temporary,
-        input_names=["images"],
-        output_names=["logits"],
-        free_sizes=[free],
-    )
-    off = difference(temporary, net, images)
-    if not off <= TOLERANCE:
-        raise UserError(
-            f"onnxruntime's logits differ from PyTorch's by {off:.1e} of the largest: {temporary} "
-            "is kept for inspection"
+    with whole_file(output) as temporary:
+        write_onnx(
+            net,
+            [images],
+            temporary,
+            input_names=["images"],
+            output_names=["logits"],
+            free_sizes=[free],
         )
-    temporary.replace(output)
-    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB; onnxruntime differs by {off:.1e}")
+        off = difference(temporary, net, images)
+        check_difference(ENGINE, OUTPUTS, off, TOLERANCE)
+    print(describe_export(output, ENGINE, OUTPUTS, off))
 
 
 def plain_network(net: Any) -> nn.Module:

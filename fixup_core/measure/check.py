@@ -2,7 +2,8 @@
 
 NET is one of this project's networks or ``package.module:function``. The function, called without
 arguments or with a ``--method``, returns what ``depth_check`` takes: a dictionary with ``make_net``
-and ``batch``, and what else it wants to set. Status 0: flat; 1: not; 2: a mistake.
+and ``batch``, and what else it wants to set. Status 0: flat; 1: not; 2: a mistake. The
+figure of ``--plot`` replaces an earlier one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fixup_core.measure.depth import (
     depth_check,
     plot_depth_checks,
 )
+from fixup_core.measure.figures import check_figure_file
 from fixup_core.rules.methods import METHODS
 
 NETS = {
@@ -63,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; 0 where every method is flat, else 1."""
     if args.moved and args.branches:
         raise UserError("give --moved or --branches, not both")
+    if args.plot:
+        check_figure_file(args.plot)
     checks = {method or args.net: _check(args, method) for method in args.method or [None]}
     if args.json:
         print(json.dumps({name: _plain(check) for name, check in checks.items()}, indent=2))
@@ -91,11 +95,11 @@ def _check(args: argparse.Namespace, method: str | None) -> DepthCheck:
 def _subject(net: str, method: str | None) -> dict[str, Any]:
     """What the network's function returns."""
     path, _, name = NETS.get(net, net).partition(":")
-    if not name:
+    if not name or not path or path.startswith("."):
         raise UserError(f"there is no network {net!r}: take {', '.join(NETS)} or module:function")
     try:
         function = getattr(importlib.import_module(path), name)
-    except (ModuleNotFoundError, AttributeError) as error:
+    except (ImportError, SyntaxError, AttributeError) as error:
         raise UserError(f"{net}: {error}") from error
     if method is not None and "method" not in inspect.signature(function).parameters:
         raise UserError(f"{net} takes no method: leave --method away")

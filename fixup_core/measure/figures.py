@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fixup_core.errors import UserError
+from fixup_core.files import whole_file
 
 WIDTH, HEIGHT = 6.4, 4.2
 """Of one panel, in inches."""
@@ -51,17 +52,32 @@ class Panel:
     ticks: Sequence[float] = ()
 
 
+def check_figure_file(file: Path | str) -> None:
+    """Refuse what no figure can be written to; to be called before minutes of work.
+
+    Raises:
+        UserError: A folder, or an ending that no format has; matplotlib is missing.
+    """
+    formats = sorted(_figure().canvas.get_supported_filetypes())
+    if Path(file).suffix.removeprefix(".").lower() not in formats:
+        raise UserError(f"{file} has no ending of a figure: take one of {', '.join(formats)}")
+    if Path(file).is_dir():
+        raise UserError(f"{file} is a folder: give a file")
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+
+
 def draw(panels: Sequence[Panel], file: Path | str) -> None:
     """Write the panels side by side into a file; its ending says in which format.
 
     Raises:
-        UserError: matplotlib is missing.
+        UserError: matplotlib is missing, or does not know the format.
     """
     figure = _figure(figsize=(WIDTH * len(panels), HEIGHT), layout="constrained")
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         _fill(axes, panel)
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=DPI)
+    check_figure_file(file)
+    with whole_file(file) as temporary:
+        figure.savefig(temporary, dpi=DPI)
 
 
 def _figure(**options: Any) -> Any:

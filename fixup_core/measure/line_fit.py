@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fixup_core.errors import UserError
+
 CONFIDENCE = 0.95
 
 
@@ -31,14 +33,14 @@ def fit_slope(points: Sequence[tuple[float, float]]) -> Slope:
         points: (x, y), three at the least, not all at one x.
 
     Raises:
-        ValueError: Fewer points, or all at one x.
+        UserError: Fewer points, or all at one x.
     """
     freedom = len(points) - 2
     centre_x = sum(x for x, _ in points) / len(points)
     centre_y = sum(y for _, y in points) / len(points)
     spread = sum((x - centre_x) ** 2 for x, _ in points)
     if freedom < 1 or spread == 0:
-        raise ValueError("a slope with an interval needs three points, not all at one x")
+        raise UserError("a slope with an interval needs three points, not all at one x")
     slope = sum((x - centre_x) * (y - centre_y) for x, y in points) / spread
     squares = sum((y - centre_y - slope * (x - centre_x)) ** 2 for x, y in points)
     half = student_quantile(freedom) * math.sqrt(squares / freedom / spread)

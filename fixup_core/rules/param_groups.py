@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fixup_core.errors import UserError
 from fixup_core.rules.scalars import scalars
 
 SCALAR_LR_RATIO = 0.1
@@ -31,10 +32,10 @@ def anchored_rate(ratio: float, optimizer: str) -> float:
         optimizer: fairseq's name of the optimiser ("adam", "sgd", "nag", ...).
 
     Raises:
-        ValueError: ``ratio`` is not above 0.
+        UserError: ``ratio`` is not above 0.
     """
     if not ratio > 0:
-        raise ValueError(f"the scalars' learning-rate ratio must be above 0, got {ratio}")
+        raise UserError(f"the scalars' learning-rate ratio must be above 0, got {ratio}")
     return math.sqrt(ratio) if optimizer in SGD_LIKE else ratio
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fixup_core.errors import UserError
+
 
 class Scalar(nn.Module):
     """One learnable number, kept in float32 or wider even in a half-precision model.
@@ -53,10 +55,10 @@ class Scalar(nn.Module):
         """Switch to the anchored form with this rate; the value stays.
 
         Raises:
-            ValueError: ``rate`` is not positive.
+            UserError: ``rate`` is not positive.
         """
         if not rate > 0:
-            raise ValueError(f"the rate of a scalar must be positive, got {rate}")
+            raise UserError(f"the rate of a scalar must be positive, got {rate}")
         value = self.value().detach()
         self.rate = torch.full_like(self.weight.detach(), rate)
         with torch.no_grad():

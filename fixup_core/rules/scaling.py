@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 
+from fixup_core.errors import UserError
+
 
 def branch_scale(num_branches: int, layers_per_branch: int) -> float:
     """Factor of every weight layer of a residual branch but the last: ``L ** (-1 / (2m - 2))``.
@@ -21,12 +23,12 @@ def branch_scale(num_branches: int, layers_per_branch: int) -> float:
         layers_per_branch: m, at least 2.
 
     Raises:
-        ValueError: L < 1, or m < 2 (the only layer of such a branch is its last: it starts at 0).
+        UserError: L < 1, or m < 2 (the only layer of such a branch is its last: it starts at 0).
     """
     if num_branches < 1:
-        raise ValueError(f"a network needs at least one residual branch, got L = {num_branches}")
+        raise UserError(f"a network needs at least one residual branch, got L = {num_branches}")
     if layers_per_branch < 2:
-        raise ValueError(
+        raise UserError(
             f"a branch of m = {layers_per_branch} weight layers has no layer to scale: "
             "its only layer is the last one, which starts at 0"
         )

@@ -10,6 +10,7 @@ import argparse
 import random
 from pathlib import Path
 
+from fixup_core.files import add_overwrite, refuse_existing, write_text
 from fixup_mt.demo.grammar.draw import Draw
 from fixup_mt.demo.grammar.numerals import Pair
 from fixup_mt.demo.grammar.sentences import draw_sentence
@@ -75,18 +76,10 @@ def write_corpus(
         if size < 1:
             raise UserError(f"the {split} set needs at least 1 sentence pair, not {size}")
     pairs = unique_pairs(sum(sizes.values()), seed=seed)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for split in reversed(SPLITS):
-            part, pairs = pairs[: sizes[split]], pairs[sizes[split] :]
-            _write_lines(directory / f"{split}.de", [pair.de for pair in part])
-            _write_lines(directory / f"{split}.en", [pair.en for pair in part])
-    except OSError as error:
-        raise UserError(f"cannot write the corpus to {directory}: {error.strerror}") from error
-
-
-def _write_lines(path: Path, lines: list[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+    for split in reversed(SPLITS):
+        part, pairs = pairs[: sizes[split]], pairs[sizes[split] :]
+        write_text(directory / f"{split}.de", "".join(f"{pair.de}\n" for pair in part))
+        write_text(directory / f"{split}.en", "".join(f"{pair.en}\n" for pair in part))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,9 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", type=int, default=TRAIN, metavar="N", help="training pairs")
     parser.add_argument("--valid", type=int, default=VALID, metavar="N", help="validation pairs")
     parser.add_argument("--test", type=int, default=TEST, metavar="N", help="test pairs")
+    add_overwrite(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    for split in SPLITS:
+        for side in ("de", "en"):
+            refuse_existing(args.directory / f"{split}.{side}", args.overwrite)
     write_corpus(args.directory, seed=args.seed, train=args.train, valid=args.valid, test=args.test)
     total = args.train + args.valid + args.test
     print(f"wrote {total:,} German-English sentence pairs to {args.directory}")

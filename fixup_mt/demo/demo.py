@@ -11,7 +11,6 @@ import argparse
 import fcntl
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fixup_core.files import once, write_text
 from fixup_mt.demo import corpus
 from fixup_mt.demo.demo_report import TRANSLATIONS, Result, read_result, write_report
 from fixup_mt.errors import UserError
@@ -74,10 +74,7 @@ def run(args: argparse.Namespace) -> None:
     if args.threads < 1 or args.max_update < 1:
         raise UserError("--threads and --max-update must be at least 1")
     output: Path = args.output
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {output}: {error.strerror}") from error
+    output.mkdir(parents=True, exist_ok=True)
     try:
         with locked(output):
             keep_settings(output, args)
@@ -86,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
             translate(output, args)
             write_report(output, [result(output, one) for one in CONTENDERS], settings_of(args))
     except KeyboardInterrupt as error:
-        raise UserError("interrupted; the same command goes on from here") from error
+        raise KeyboardInterrupt("the same command goes on from here") from error
 
 
 @contextmanager
@@ -120,24 +117,15 @@ def keep_settings(output: Path, args: argparse.Namespace) -> None:
     path, text = output / "settings.json", json.dumps(settings_of(args), indent=2) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise UserError(
-            f"{output} holds a demo with other settings (see {path}); remove it or give another "
+            f"{output} holds a demo with other settings (see {path}): remove it, or give another "
             "--output"
         )
-    partial = path.with_name("settings.json.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, text)
 
 
 def step(target: Path, title: str, build: Callable[[Path], None]) -> None:
-    """Build the folder `target` under another name, so that it exists only when complete."""
-    if target.exists():
-        print(f"{title}: done before")
-        return
-    partial = target.with_name(target.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    build(partial)
-    partial.replace(target)
-    print(f"{title}: done")
+    """Build the folder `target` once, and say so."""
+    print(f"{title}: {'done' if once(target, build) else 'done before'}")
 
 
 def prepare(output: Path, args: argparse.Namespace) -> None:

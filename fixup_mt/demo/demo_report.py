@@ -146,6 +146,4 @@ def write_picture(path: Path, results: Sequence[Result]) -> None:
         curves.append(figures.Curve(f"{result.name}, validation", validation, dashed=True))
     title = "Built-in German-English corpus: Fixup and LayerNorm"
     loss = "label-smoothed loss (bits per piece)"
-    partial = path.with_name(f"partial_{path.name}")
-    figures.draw([figures.Panel(curves, "updates", loss, title)], partial)
-    partial.replace(path)
+    figures.draw([figures.Panel(curves, "updates", loss, title)], path)

@@ -25,14 +25,14 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
-from fixup_mt.errors import UserError, check_architecture, install_hook
+from fixup_core.files import whole_file
+from fixup_mt.errors import UserError, check_architecture, check_options, install_hook
 from fixup_mt.host.flow_log import log_gradients_where_asked
 from fixup_mt.host.patches import Patch, arguments, patch
 
 logger = logging.getLogger(__name__)
 
 SWITCH = "FIXUP_MT_REPAIRS"
-HOOKED = "_fixup_mt_explains"
 
 
 def load_checkpoints_safely() -> None:
@@ -64,9 +64,9 @@ def copy_checkpoints_atomically(original: Any) -> Any:
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
         if "://" in dst_path:  # a remote store, through iopath
             return original(src_path, dst_path, overwrite=overwrite)
-        temporary = f"{dst_path}.tmp"
-        original(src_path, temporary, overwrite=True)
-        return Path(temporary).replace(dst_path)
+        with whole_file(dst_path) as temporary:
+            original(src_path, str(temporary), overwrite=True)
+        return dst_path
 
     return copy
 
@@ -201,21 +201,19 @@ def explain_mistakes(original: Any) -> Any:
     """A misspelt ``--arch`` and other mistakes end in one line."""
 
     def parse_args_and_arch(parser: Any, input_args: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if input_args is None:
-            _hook_once()  # here, and not at import: only fairseq's commands come by
-        line = sys.argv[1:] if input_args is None else input_args
+        command = input_args is None
+        if command:
+            install_hook(parser)  # here, and not at import: only fairseq's commands come by
+        line = sys.argv[1:] if command else input_args
         if line:
             # Whoever calls this from Python may pass None for an argument, as argparse allows.
             check_architecture([part or "" for part in line], list(ARCH_MODEL_REGISTRY))
-        return original(parser, input_args, *args, **kwargs)
+        parsed = original(parser, input_args, *args, **kwargs)
+        if command:
+            check_options(parsed[0] if isinstance(parsed, tuple) else parsed)
+        return parsed
 
     return parse_args_and_arch
-
-
-def _hook_once() -> None:
-    if not hasattr(sys.excepthook, HOOKED):
-        install_hook()
-        setattr(sys.excepthook, HOOKED, True)
 
 
 REPAIRS: tuple[Patch, ...] = (

@@ -27,6 +27,10 @@ class _FixupLayer(nn.Module):
     """What the layers of both stacks share: what stands around the weights is the method's."""
 
     stack: str
+    fc1: Any
+    fc2: Any
+    self_attn: Any
+    encoder_attn: Any
 
     def __init__(self, cfg: Any, *args: Any, **options: Any) -> None:
         # fairseq's constructor calls the hooks below, which ask for it.

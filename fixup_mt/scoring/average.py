@@ -9,7 +9,6 @@ its ``--best-checkpoint-metric`` (the validation loss unless the run said otherw
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,10 @@ from typing import Any
 
 import torch
 
-from fixup_mt.errors import UserError
+from fixup_core.errors import explain
+from fixup_core.files import add_output, refuse_existing, whole_file
+from fixup_mt import register
+from fixup_mt.errors import KNOWN, UserError
 
 FILE_PATTERNS = {
     "epoch": re.compile(r"checkpoint(\d+)\.pt"),
@@ -58,10 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="epoch",
         help="checkpointN.pt, or checkpoint_EPOCH_UPDATE.pt (default: %(default)s)",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    refuse_existing(args.output, args.overwrite)
     paths = choose_inputs(args)
     save_atomically(average_checkpoints(paths), args.output)
     print(f"averaged {len(paths)} checkpoints into {args.output}:")
@@ -155,22 +158,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, truncated, or not a fairseq checkpoint.
     """
+    register()  # allows the classes that fairseq's checkpoints hold
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: {reason_of(error)}") from error
+    except Exception as error:
+        line = explain(error, KNOWN)
+        if line is None:
+            raise
+        raise UserError(line) from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path} holds no model; give a checkpoint that fairseq-train wrote")
     return state
-
-
-def reason_of(error: Exception) -> str:
-    """The line of torch's page-long messages that says what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = (line for line in lines if "Unsupported global" in line)
-    return next(named, lines[0] if lines else "it ends too early")
 
 
 def average_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
@@ -239,11 +237,5 @@ def is_equal(left: Any, right: Any) -> bool:
 
 def save_atomically(state: Mapping[str, Any], path: Path) -> None:
     """Written beside its place and renamed, so that a killed run harms no earlier file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        torch.save(dict(state), partial)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}") from error
-    partial.replace(path)
+    with whole_file(path) as temporary:
+        torch.save(dict(state), temporary)

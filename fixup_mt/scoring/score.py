@@ -23,6 +23,7 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
 
+from fixup_core.files import write_text
 from fixup_mt.errors import UserError
 
 LINE = re.compile(r"([STDHP])-(\d+)\t(.*)", re.DOTALL)
@@ -112,14 +113,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--compound-split belongs to the tokenised BLEU; add --tokenised")
     if args.tokenised_reference is not None and not args.tokenised:
         raise UserError("--tokenised-reference is used by --tokenised only; add --tokenised")
+    parse_settings(args.setting)
 
 
 def read_lines(path: Path) -> list[str]:
     """Only the newline ends a line, as in fairseq's numbering; str.splitlines knows ten more."""
     try:
         text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; convert it first") from error
     return text.removesuffix("\n").split("\n") if text else []
@@ -322,10 +322,5 @@ def to_plain(value: Any) -> Any:
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    partial.replace(path)
+    """Write what is worked out anew from its inputs: an earlier file is replaced."""
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")

@@ -3,15 +3,16 @@
 ``--format ctranslate2``: a folder that ``python -m fixup_mt translate`` serves, and any other
 program that uses CTranslate2. ``onnx``: ``encoder.onnx``, ``decoder.onnx`` for one step with its
 cache (``serving/plain.py`` says what goes in and out), and the pieces' names. ``fairseq``: the
-folded weights as a state dict, under the names of fairseq's pre-norm transformer. An engine's files
-are held against the model's own log-probabilities, in float32, before they may be quantised.
+folded weights as a state dict, under the names of fairseq's pre-norm transformer. What is written
+is held against the model's own log-probabilities, in float32, before it may be quantised and before
+it gets its name.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,19 @@ import torch
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu, load_model_ensemble_and_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
+from fixup_core.files import refuse_existing, whole_file, whole_folder
+from fixup_core.fuse.exports import (
+    add_export_options,
+    check_checkpoint,
+    check_difference,
+    describe_export,
+)
+from fixup_mt import register
 from fixup_mt.errors import UserError
-from fixup_mt.scoring.average import save_atomically
-from fixup_mt.serving import ctranslate2_model, onnx_model
-from fixup_mt.serving.fold import fold_transformer
+from fixup_mt.serving import ctranslate2_model, onnx_model, state_dict
 
+SOURCE = "fairseq-train"
+OUTPUTS = "log-probabilities"
 TOLERANCE = 1e-3
 """Of the log-probability of a piece, in float32."""
 PIECES_CHECKED = 24
@@ -33,10 +42,10 @@ FORMATS = ("ctranslate2", "onnx", "fairseq")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="FILE", help="of fairseq-train")
+    add_export_options(parser, source=SOURCE, metavar="PATH", help="folder, or file, to write")
     add("--data-bin", type=Path, required=True, metavar="DIR", help="its data: the dictionaries")
-    add("--output", type=Path, required=True, metavar="PATH", help="folder, or file, to write")
     add("--format", choices=FORMATS, default="ctranslate2", help="default: %(default)s")
     add(
         "--sentencepiece",
@@ -52,22 +61,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.output.exists():
-        raise UserError(f"{args.output} exists: remove it, or give another --output")
-    for file in (args.checkpoint, args.sentencepiece):
-        if file and not file.is_file():
-            raise UserError(f"{file} does not exist: check the path")
+    """Load, export and check."""
+    refuse_existing(args.output, args.overwrite)
+    check_checkpoint(args.checkpoint, SOURCE)
     if args.quantization and args.format != "ctranslate2":
         raise UserError("--quantization belongs to --format ctranslate2")
-    if args.sentencepiece and args.format == "fairseq":
-        raise UserError("--sentencepiece belongs to the formats that are folders")
+    if args.sentencepiece:
+        if args.format == "fairseq":
+            raise UserError("--sentencepiece belongs to the formats that are folders")
+        check_pieces(args.sentencepiece)
     model, task = load(args.checkpoint, args.data_bin)
     export(model, task, args)
-    print(f"written: {args.output}")
+
+
+def check_pieces(file: Path) -> None:
+    """Raise ``UserError`` unless ``file`` is a model of sentencepiece."""
+    import sentencepiece
+
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: give a model of sentencepiece")
+    try:
+        sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{file} is damaged, or not a model of sentencepiece") from error
 
 
 def load(checkpoint: Path, data_bin: Path) -> tuple[Any, Any]:
     """The model of a checkpoint, in evaluation mode, and a translation task of its languages."""
+    register()
     if not data_bin.is_dir():
         raise UserError(f"{data_bin} does not exist: give the folder of fairseq-preprocess")
     trained = load_checkpoint_to_cpu(str(checkpoint))["cfg"]["task"]
@@ -81,30 +102,27 @@ def load(checkpoint: Path, data_bin: Path) -> tuple[Any, Any]:
 
 
 def export(model: Any, task: Any, args: argparse.Namespace) -> None:
-    """Write ``args.output``, all of it or nothing."""
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    if args.format == "fairseq":
-        save_atomically({"model": fold_transformer(model)}, args.output)
-        return
-    folder = Path(tempfile.mkdtemp(dir=args.output.parent, prefix=f".{args.output.name}."))
-    engine: Any = {"ctranslate2": ctranslate2_model, "onnx": onnx_model}[args.format]
-    try:
-        engine.write(folder, model, task)
-        off = difference(engine.log_probabilities, folder, model, task)
-        if not off <= TOLERANCE:
-            raise UserError(
-                f"the log-probabilities of {args.format} differ from the model's by up to "
-                f"{off:.1e}: nothing is written"
-            )
-        print(f"log-probabilities differ from the model's by {off:.1e} at the most (float32)")
+    """Write ``args.output``, all of it or nothing.
+
+    Raises:
+        UserError: The log-probabilities differ; nothing is written.
+    """
+    whole = whole_file if args.format == "fairseq" else whole_folder
+    with whole(args.output) as place:
+        if args.format == "fairseq":
+            state_dict.write(place, model, task)
+            engine = functools.partial(state_dict.log_probabilities, model=model, task=task)
+        else:
+            module: Any = {"ctranslate2": ctranslate2_model, "onnx": onnx_model}[args.format]
+            module.write(place, model, task)
+            engine = module.log_probabilities
+        off = difference(engine, place, model, task)
+        check_difference(args.format, OUTPUTS, off, TOLERANCE)
         if args.quantization:
-            engine.write(folder, model, task, args.quantization)
+            ctranslate2_model.write(place, model, task, args.quantization)
         if args.sentencepiece:
-            shutil.copy(args.sentencepiece, folder / SENTENCEPIECE)
-        folder.chmod(0o755)
-        folder.rename(args.output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            shutil.copy(args.sentencepiece, place / SENTENCEPIECE)
+    print(describe_export(args.output, args.format, OUTPUTS, off))
 
 
 def difference(log_probabilities: Callable[..., Any], folder: Path, model: Any, task: Any) -> float:

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from fixup_core.files import add_overwrite, refuse_existing, whole_file
 from fixup_mt.errors import UserError
 from fixup_mt.host.jobs import cores
 from fixup_mt.serving.export import SENTENCEPIECE
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", type=Path, required=True, metavar="DIR", help="of python -m fixup_mt export")
     add("--input", default="-", metavar="FILE", help="text, a sentence a line (default: stdin)")
     add("--output", default="-", metavar="FILE", help="translations (default: stdout)")
+    add_overwrite(parser)
     add("--beam", type=int, default=5, metavar="N", help="default: %(default)s")
     add("--lenpen", type=float, default=1.0, metavar="X", help="length penalty; default: 1")
     add("--max-length", type=int, default=256, metavar="N", help="pieces; default: %(default)s")
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--{option.replace('_', '-')} must be at least 1")
     if args.input != "-" and Path(args.input).resolve() == Path(args.output).resolve():
         raise UserError(f"--output {args.output} would overwrite the input: give another file")
+    if args.output != "-":
+        refuse_existing(Path(args.output), args.overwrite)
     translator = load(args)
     pieces = Pieces(args.model / SENTENCEPIECE)
     options = {
@@ -54,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         "max_batch_size": args.batch_tokens,
         "batch_type": "tokens",
     }
-    with _opened(args.input, "r", sys.stdin) as lines, _opened(args.output, "w", sys.stdout) as out:
+    with _lines(args.input) as lines, _written(args.output) as out:
         for line in translated(lines, translator, pieces, options):
             print(line, file=out, flush=args.output == "-")
 
@@ -128,10 +132,14 @@ def translated(
             bar.update(len(chunk))
 
 
-def _opened(name: str, mode: str, standard: TextIO) -> Any:
+def _lines(name: str) -> Any:
+    return contextlib.nullcontext(sys.stdin) if name == "-" else Path(name).open(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _written(name: str) -> Iterator[TextIO]:
     if name == "-":
-        return contextlib.nullcontext(standard)
-    try:
-        return Path(name).open(mode, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{name} cannot be opened: {error.strerror}") from error
+        yield sys.stdout
+        return
+    with whole_file(name) as place, place.open("w", encoding="utf-8") as out:
+        yield out

@@ -294,7 +294,7 @@ run_training() {
     fi
     step "$RUN" train "${TRAIN_COMMAND[*]}" train
     step "$RUN" average "$AVERAGE" plugin average --checkpoint-dir "$RUN/checkpoints" \
-        --best-by-valid "$AVERAGE" --output "$RUN/averaged.pt"
+        --best-by-valid "$AVERAGE" --output "$RUN/averaged.pt" --overwrite
 }
 
 # evaluate FLAGS...: translate the test set with the averaged checkpoint and score it.

@@ -46,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_demo_leaves_everything_in_one_folder(finished: tuple[Path, str]) -> None:
     output, _ = finished
-    assert not list(output.rglob("*.tmp"))
+    assert not list(output.rglob("*.tmp")) and not list(output.rglob(".tmp-*"))
     assert (output / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads((output / "result.json").read_text(encoding="utf-8"))
     fixup, layernorm = content["models"]
@@ -73,7 +73,7 @@ def test_the_demo_prints_a_table_and_ten_translations(finished: tuple[Path, str]
 def test_only_what_is_missing_is_done_again(finished: tuple[Path, str]) -> None:
     output, _ = finished
     (output / "layernorm" / "translations.txt").unlink()
-    (output / "pieces.tmp").mkdir()
+    (output / ".tmp-pieces").mkdir()
     before = {name: modified(output / name) for name in (*STEPS, "fixup")}
     status, said, complained = demo(output)
     assert status == 0, complained
@@ -84,7 +84,7 @@ def test_only_what_is_missing_is_done_again(finished: tuple[Path, str]) -> None:
 
 def test_other_settings_do_not_mix_into_a_folder(finished: tuple[Path, str]) -> None:
     status, _, complained = demo(finished[0], "--seed=2")
-    assert status == 1
+    assert status == 2
     assert complained.startswith("error: ")
     assert "other settings" in complained
     assert complained.count("\n") == 1
@@ -94,7 +94,7 @@ def test_two_demos_never_share_a_folder(finished: tuple[Path, str]) -> None:
     with (finished[0] / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         status, _, complained = demo(finished[0])
-    assert status == 1
+    assert status == 2
     assert "another demo is at work" in complained
 
 

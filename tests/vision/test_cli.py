@@ -239,8 +239,8 @@ def test_a_wrong_option_names_the_nearest(flags: tuple[str, ...], says: str, cap
     assert stop.value.code == 2 and says in error and "\n" not in error
 
 
-def test_the_command_ends_a_mistake_in_one_line_and_status_1(tmp_path: Path) -> None:
+def test_the_command_ends_a_mistake_in_one_line_and_status_2(tmp_path: Path) -> None:
     run = _start(tmp_path, "--ckpt_path", str(tmp_path / "nothing.ckpt"))
     output, _ = run.communicate(timeout=120)
-    assert run.returncode == 1 and "Traceback" not in output
+    assert run.returncode == 2 and "Traceback" not in output
     assert output.strip().splitlines()[-1].startswith("error: Checkpoint file not found")

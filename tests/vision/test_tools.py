@@ -19,8 +19,9 @@ from vision.compare import compare, read_run
 from vision.data import Digits
 from vision.export import export
 from vision.nets import build_net
-from vision.sweep import points as sweep
-from vision.sweep.points import Recipe, Table, run_point
+from vision.sweep import figures, points
+from vision.sweep.lesion import lesion
+from vision.sweep.points import Point, Recipe, Result, Table, parse_options, run_point
 from vision.training.lit_classifier import LitClassifier, load_classifier
 
 RECIPES = sorted((ROOT / "recipes" / "vision").glob("*.yaml"))
@@ -44,15 +45,15 @@ def _rows(file: Path) -> list[dict[str, str]]:
 def test_a_depth_sweep_goes_on_where_it_was_stopped(
     recipe: Recipe, tmp_path: Path, monkeypatch
 ) -> None:
-    sweep.depth(recipe, tmp_path, depths=(8,), methods=("fixup",))
+    figures.depth(recipe, tmp_path, depths=(8,), methods=("fixup",))
     counted = []
 
     def count(point, recipe):
         counted.append((point.depth, point.method))
         return run_point(point, recipe)
 
-    monkeypatch.setattr(sweep, "run_point", count)
-    sweep.depth(recipe, tmp_path, depths=(8, 14), methods=("fixup", "lsuv"))
+    monkeypatch.setattr(points, "run_point", count)
+    figures.depth(recipe, tmp_path, depths=(8, 14), methods=("fixup", "lsuv"))
     assert counted == [(8, "lsuv"), (14, "fixup"), (14, "lsuv")]
     rows = _rows(tmp_path / "points.csv")
     assert len(rows) == 4 and all(0 <= float(row["test_accuracy"]) <= 1 for row in rows)
@@ -60,19 +61,19 @@ def test_a_depth_sweep_goes_on_where_it_was_stopped(
 
 
 def test_points_of_one_table_are_trained_alike(recipe: Recipe, tmp_path: Path) -> None:
-    sweep.lr(recipe, tmp_path, net="highway3", rates=(0.1,), methods=("none",))
+    figures.lr(recipe, tmp_path, net="highway3", rates=(0.1,), methods=("none",))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "points.csv").write_text((tmp_path / "points.csv").read_text())
     with pytest.raises(UserError, match=r"has points but no recipe\.json"):
-        sweep.lr(recipe, tmp_path / "other", net="highway3", rates=(0.1,), methods=("none",))
+        figures.lr(recipe, tmp_path / "other", net="highway3", rates=(0.1,), methods=("none",))
     other = replace(recipe, mixup=0.2)
     with pytest.raises(UserError, match=r"were trained with mixup 0\.0, not 0\.2: give another"):
-        sweep.lr(other, tmp_path, net="highway3", rates=(0.3,), methods=("none",))
+        figures.lr(other, tmp_path, net="highway3", rates=(0.3,), methods=("none",))
     assert len(_rows(tmp_path / "points.csv")) == 1
 
 
 def test_a_point_that_diverges_is_a_row_of_its_own(recipe: Recipe, tmp_path: Path) -> None:
-    sweep.lr(recipe, tmp_path, net="cifar_resnet8", rates=(0.01, 1e15), methods=("none",))
+    figures.lr(recipe, tmp_path, net="cifar_resnet8", rates=(0.01, 1e15), methods=("none",))
     good, lost = _rows(tmp_path / "points.csv")
     assert float(good["train_loss"]) > 0 and math.isnan(float(lost["test_accuracy"]))
     assert (tmp_path / "lr.png").exists()
@@ -80,13 +81,40 @@ def test_a_point_that_diverges_is_a_row_of_its_own(recipe: Recipe, tmp_path: Pat
 
 
 def test_degradation_trains_plain_and_residual_networks(recipe: Recipe, tmp_path: Path) -> None:
-    sweep.degradation(recipe, tmp_path, depths=(8,))
-    options = [row["options"] for row in _rows(tmp_path / "points.csv")]
-    assert options == ["shortcut=none", "shortcut=A"]
+    figures.degradation(recipe, tmp_path, depths=(8,))
+    options = [parse_options(row["options"]) for row in _rows(tmp_path / "points.csv")]
+    assert options == [{"shortcut": "none"}, {"shortcut": "A"}]
+
+
+POINT = Point("cifar_resnet8", "fixup", {"shortcut": "A"}, 8, 0.1, 1, 1)
+HEADER = ",".join(Table.columns)
+
+
+def test_a_table_keeps_the_types_of_options_and_reads_older_ones(tmp_path: Path) -> None:
+    wide = replace(POINT, options={"width": 2, "shortcut": "A"})
+    table = Table(tmp_path / "points.csv")
+    table.add(wide, Result(0.5, 1.0))
+    table.add(POINT, Result(0.25, 2.0))
+    assert Table(tmp_path / "points.csv").rows == table.rows
+    old = "cifar_resnet8,fixup,shortcut=A,8,0.1,1,1,0.25,2.0"
+    (tmp_path / "old.csv").write_text(f"{HEADER}\r\n{old}\r\n")
+    assert Table(tmp_path / "old.csv").rows == {POINT: Result(0.25, 2.0)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a,b\n1,2\n", f"{HEADER}\nnet,fixup,,8,0.1,1,1,0.2", f"{HEADER}\nnet,fixup,,8,0.1,1\n"],
+    ids=["empty", "foreign", "cut number", "cut row"],
+)
+def test_a_damaged_table_is_not_gone_on_with(text: str, tmp_path: Path) -> None:
+    (tmp_path / "points.csv").write_text(text)
+    with pytest.raises(UserError, match=r"points\.csv.* is damaged"):
+        Table(tmp_path / "points.csv")
+    assert (tmp_path / "points.csv").read_text() == text
 
 
 def test_checkpointing_changes_no_number(tmp_path: Path) -> None:
-    point = sweep.Point("cifar_resnet14", "fixup", "", 14, 0.1, 1, 1)
+    point = Point("cifar_resnet14", "fixup", {}, 14, 0.1, 1, 1)
     data = Digits(train_size=128)
     with_it, without = (
         run_point(point, Recipe(data, checkpointing=limit, accelerator="cpu")) for limit in (1, 99)
@@ -104,7 +132,7 @@ def _fit(folder: Path, *more: str) -> None:
 def test_lesion_and_comparison_of_a_finished_run(tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     _fit(run, "--data.batch_size", "16", "--model.method", "batchnorm")
-    sweep.lesion(run / "checkpoints" / "last.ckpt", Digits(), tmp_path, accelerator="cpu")
+    lesion(run / "checkpoints" / "last.ckpt", Digits(), tmp_path, accelerator="cpu")
     rows = _rows(tmp_path / "lesion.csv")
     assert [row["block left out (-1: none)"] for row in rows] == ["-1", "0", "1", "2"]
     assert len({row["test accuracy"] for row in rows}) > 1
@@ -119,7 +147,7 @@ def test_an_exported_network_is_the_same_for_any_batch(method: str, tmp_path: Pa
     _fit(tmp_path, "--model.method", method, "--trainer.max_epochs", "1")
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
     export(checkpoint, tmp_path / "new" / "model.onnx")
-    assert "onnxruntime differs by" in capsys.readouterr().out
+    assert "the logits of onnxruntime differ by" in capsys.readouterr().out
     session = runtime.InferenceSession(str(tmp_path / "new" / "model.onnx"))
     images = torch.randn(5, 1, 8, 8)
     (logits,) = session.run(None, {"images": images.numpy()})
@@ -147,7 +175,9 @@ def test_an_export_that_differs_is_not_written(tmp_path: Path, monkeypatch) -> N
     pytest.importorskip("onnxruntime")
     _fit(tmp_path, "--trainer.max_epochs", "1")
     monkeypatch.setattr("vision.export.difference", lambda *_: float("nan"))
-    with pytest.raises(UserError, match="differ from PyTorch's by nan"):
+    with pytest.raises(
+        UserError, match="logits of onnxruntime differ from the network's by up to nan"
+    ):
         export(tmp_path / "checkpoints/last.ckpt", tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
 
@@ -166,7 +196,7 @@ def test_comparison_reads_a_run_that_went_on(tmp_path: Path) -> None:
 
 def test_lesion_wants_a_checkpoint_of_a_network_of_blocks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.ckpt does not exist"):
-        sweep.lesion(tmp_path / "none.ckpt", Digits())
+        lesion(tmp_path / "none.ckpt", Digits())
     _fit(
         tmp_path,
         "--model.net",
@@ -177,7 +207,7 @@ def test_lesion_wants_a_checkpoint_of_a_network_of_blocks(tmp_path: Path) -> Non
         "8",
     )
     with pytest.raises(UserError, match="highway5 is not made of blocks"):
-        sweep.lesion(tmp_path / "checkpoints" / "last.ckpt", Digits())
+        lesion(tmp_path / "checkpoints" / "last.ckpt", Digits())
 
 
 def test_moving_averages_are_lightnings_own(tmp_path: Path) -> None:

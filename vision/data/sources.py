@@ -10,9 +10,8 @@ import contextlib
 import hashlib
 import io
 import lzma
-import os
-import shutil
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +23,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from fixup_core.errors import UserError
+from fixup_core.files import whole_file, whole_folder
 
 IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"})
 TEST_SHARE = 0.25
@@ -98,10 +98,8 @@ def packed(source: Path, split: str, cache: Path, *, skip_corrupt: bool = False)
     file = cache / f"{_key(source, split, skip_corrupt)}.pt"
     if not file.exists():
         state = _decode(source, split, skip_corrupt)
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")  # others may pack it too
-        torch.save(state, temporary)
-        temporary.replace(file)
+        with whole_file(file, shared=True) as temporary:  # others may pack it too
+            torch.save(state, temporary)
     images, labels, classes = torch.load(file, weights_only=True)
     return Images(images, labels, tuple(classes))
 
@@ -135,15 +133,8 @@ def unpacked(archive: Path, cache: Path) -> Path:
     folder = cache / _key(archive, "tree")
     if folder.exists():
         return folder
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    with _open(archive) as tar:
+    with whole_folder(folder, shared=True) as temporary, _open(archive) as tar:
         tar.extractall(temporary, filter="data")
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(temporary)
     return folder
 
 
@@ -161,7 +152,7 @@ def _open(archive: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(archive) as tar:
             yield tar
-    except (tarfile.ReadError, EOFError, lzma.LZMAError) as error:
+    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{archive} is not a tar archive, or is damaged: {error}") from error
 
 

@@ -1,1 +1,1 @@
-"""The paper's figures as commands: ``python -m vision sweep``."""
+"""The paper's figures as commands: ``python -m vision sweep``; ``sweeps`` has their list."""

@@ -9,6 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from fixup_core.files import whole_file
+
 
 def checkpoint_callbacks(folder: Path, every: int) -> list[ModelCheckpoint]:
     """``best.ckpt``, by the accuracy on validation, and ``last.ckpt``.
@@ -55,9 +57,8 @@ class WholeFiles(TorchCheckpointIO):
         if "://" in str(path):  # a store that knows no renaming
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        temporary = f"{path}.tmp"
-        super().save_checkpoint(checkpoint, temporary, storage_options)
-        Path(temporary).replace(path)
+        with whole_file(path) as temporary:
+            super().save_checkpoint(checkpoint, temporary, storage_options)
 
 
 def save_whole_files(trainer: L.Trainer) -> None:

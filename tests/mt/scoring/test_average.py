@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fixup_mt.__main__ import main
 from fixup_mt.errors import UserError
 from fixup_mt.scoring import average
 
@@ -187,12 +188,12 @@ def test_unreadable_input_harms_no_earlier_output(tmp_path: Path, damage: str) -
     elif damage != "missing":
         bad.write_text("" if damage == "empty" else "these are no weights")
     with pytest.raises(UserError, match=r"bad\.pt"):
-        run_command("--inputs", good, bad, "--output", output)
+        run_command("--inputs", good, bad, "--output", output, "--overwrite")
     assert output.read_text() == "an earlier result"
 
 
 def test_failed_write_leaves_the_earlier_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def full_disk(_state: object, path: Path) -> None:
         Path(path).write_text("half a file")
@@ -202,7 +203,9 @@ def test_failed_write_leaves_the_earlier_output(
     output = tmp_path / "averaged.pt"
     output.write_text("an earlier result")
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(UserError, match="No space left"):
-        run_command("--inputs", good, "--output", output)
+    line = ["average", "--inputs", str(good), "--output", str(output)]
+    assert main(line) == 2 and "add --overwrite" in capsys.readouterr().err
+    assert main([*line, "--overwrite"]) == 2
+    assert capsys.readouterr().err.startswith("error: no space is left on the disk")
     assert output.read_text() == "an earlier result"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["averaged.pt", "good.pt"]

@@ -12,7 +12,7 @@ import torch
 
 from fixup_mt.__main__ import main
 from fixup_mt.errors import UserError
-from fixup_mt.serving import ctranslate2_model, export, onnx_model, translate
+from fixup_mt.serving import ctranslate2_model, export, onnx_model, state_dict, translate
 from fixup_mt.serving.fold import fold_transformer, positions
 from fixup_mt.serving.plain import PlainDecoderStep, PlainEncoder
 from tests.mt.helpers import batch, build, build_lm, dictionary, task, trained
@@ -64,6 +64,26 @@ def test_an_engine_gives_the_models_log_probabilities(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_folded_weights_are_held_against_the_models_outputs(tmp_path: Path, monkeypatch) -> None:
+    model, sides = _model("tiny")
+    export.export(model, sides, _arguments(tmp_path / "good.pt", format="fairseq"))
+    wrong = {name: 1.01 * weight for name, weight in fold_transformer(model).items()}
+    monkeypatch.setattr(state_dict, "fold_transformer", lambda _: wrong)
+    with pytest.raises(UserError, match="log-probabilities of fairseq differ from the network's"):
+        export.export(model, sides, _arguments(tmp_path / "bad.pt", format="fairseq"))
+    assert [path.name for path in tmp_path.iterdir()] == ["good.pt"]
+
+
+def test_overwriting_a_folder_spares_files_that_are_not_an_exports(tmp_path: Path) -> None:
+    model, sides = _model("tiny")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "diary.txt").write_text("dear diary")
+    with pytest.raises(UserError, match=r"holds other files \(diary\.txt\)"):
+        export.export(model, sides, _arguments(tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["diary.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_plain_decoder_goes_step_by_step_over_padded_sentences() -> None:
     model = trained(build())
     inputs = batch()
@@ -84,7 +104,7 @@ def test_a_norm_that_is_no_identity_would_be_noticed(tmp_path: Path, monkeypatch
     model, sides = _model("tiny")
     monkeypatch.setattr(ctranslate2_model, "EPSILON", 1e-6)
     with pytest.raises(
-        UserError, match="log-probabilities of ctranslate2 differ from the model's by up to"
+        UserError, match="log-probabilities of ctranslate2 differ from the network's by up to"
     ):
         export.export(model, sides, _arguments(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
@@ -206,14 +226,14 @@ def test_lines_come_out_as_they_went_in(served: Path, tmp_path: Path, monkeypatc
     ("flags", "says"),
     [
         (["--model", "nowhere"], "nowhere holds no exported model"),
-        (["--input", "nothing.txt"], "nothing.txt cannot be opened"),
+        (["--input", "nothing.txt"], "nothing.txt does not exist"),
         (["--compute-type", "int3"], "CTranslate2 cannot load"),
         (["--beam", "0"], "--beam must be at least 1"),
         (["--input", "same", "--output", "same"], "--output same would overwrite the input"),
     ],
 )
 def test_serving_tells_what_is_wrong(flags: list[str], says: str, served: Path, capsys) -> None:
-    assert main(["translate", "--model", str(served), *flags]) == 1
+    assert main(["translate", "--model", str(served), *flags]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
 
@@ -224,17 +244,20 @@ def test_a_trained_checkpoint_is_exported_by_the_command(
     checkpoint, data_bin = trained_run
     line = ["export", "--checkpoint", str(checkpoint), "--data-bin", str(data_bin)]
     assert main([*line, "--output", str(tmp_path / "ct2")]) == 0
-    assert "log-probabilities differ from the model's by" in capsys.readouterr().out
+    assert "the log-probabilities of ctranslate2 differ by" in capsys.readouterr().out
+    assert main([*line, "--output", str(tmp_path / "ct2"), "--overwrite"]) == 0
+    capsys.readouterr()
     assert main([*line, "--output", str(tmp_path / "plain.pt"), "--format", "fairseq"]) == 0
+    assert "the log-probabilities of fairseq differ by" in capsys.readouterr().out
     state = torch.load(tmp_path / "plain.pt", weights_only=True)["model"]
     assert "decoder.layers.0.encoder_attn.k_proj.bias" in state
     for flags, says in (
-        (["--output", str(tmp_path / "ct2")], "exists: remove it"),
+        (["--output", str(tmp_path / "ct2")], "exists: give another --output, or add --overwrite"),
         (["--output", "x", "--checkpoint", "no.pt"], "no.pt does not exist"),
         (["--output", "x", "--data-bin", "no"], "no does not exist"),
         (["--output", "x", "--format", "fairseq", "--quantization", "int8"], "belongs to --format"),
     ):
-        assert main([*line, *flags]) == 1
+        assert main([*line, *flags]) == 2
         assert says in capsys.readouterr().err
 
 

@@ -1,0 +1,148 @@
+"""Files and folders that are whole or not there.
+
+The rule for what a command writes under a name the user gives (``--output`` and the like): what
+exists is refused unless ``--overwrite`` is given. Two kinds are exempt. A figure or a table is
+drawn anew, for it holds nothing that the command could not draw again. A run's folder (``fit``,
+``sweep``, ``demo``) goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fixup_core.errors import UserError
+
+PREFIX = ".tmp-"
+"""Before the name of what is not whole yet: endings stay, for writers that go by them."""
+
+
+def add_output(
+    parser: argparse.ArgumentParser, *, metavar: str = "FILE", help: str = "file to write"
+) -> None:
+    """The options ``--output`` and ``--overwrite``, under the rule above."""
+    parser.add_argument("--output", type=Path, required=True, metavar=metavar, help=help)
+    add_overwrite(parser)
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """The option ``--overwrite`` alone."""
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def refuse_existing(output: Path, overwrite: bool = False) -> None:
+    """Raise ``UserError`` where ``output`` exists; to be called before minutes of work."""
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists: give another --output, or add --overwrite")
+
+
+@contextlib.contextmanager
+def whole_file(file: Path | str, *, shared: bool = False) -> Iterator[Path]:
+    """A name to write ``file`` under; it takes its own when the block ends well.
+
+    A block that fails leaves nothing behind, and a kill leaves what was there before. Folders on
+    the way are made.
+
+    Args:
+        file: What is written, replaced where it exists.
+        shared: Several processes may write it at once.
+    """
+    target = Path(file)
+    if target.is_dir():
+        raise UserError(f"{target} is a folder: give a file")
+    if target.exists() and not target.is_file():  # /dev/stdout and its like
+        yield target
+        return
+    temporary = _beside(target, shared)
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        _remove(temporary)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, *, shared: bool = False) -> Iterator[Path]:
+    """An empty folder that takes the name ``folder`` when the block ends well.
+
+    Args:
+        folder: What is written. Where it exists, it is replaced, but only if each of its files has
+            a successor.
+        shared: Several processes may write it at once; the first one's stays.
+
+    Raises:
+        UserError: ``folder`` is a file, or holds other files.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give a folder")
+    temporary = _beside(folder, shared)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _give_name(temporary, folder, shared)
+    finally:
+        _remove(temporary)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a whole file of UTF-8 text."""
+    with whole_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def once(target: Path, build: Callable[[Path], object]) -> bool:
+    """Let ``build`` write ``target``, a file or a folder, unless it is there: a step done once.
+
+    Returns:
+        Whether it was done now.
+    """
+    if target.exists():
+        return False
+    temporary = _beside(target, shared=False)
+    try:
+        build(temporary)
+        temporary.replace(target)
+    finally:
+        _remove(temporary)
+    return True
+
+
+def _beside(target: Path, shared: bool) -> Path:
+    """The temporary name, free of what a kill has left there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    number = f"{os.getpid()}-" if shared else ""
+    temporary = target.with_name(f"{PREFIX}{number}{target.name}")
+    _remove(temporary)
+    return temporary
+
+
+def _give_name(temporary: Path, folder: Path, shared: bool) -> None:
+    if shared or not folder.exists():
+        # Where another process was faster, its folder is in the way of this one.
+        with contextlib.suppress(*([OSError] if shared else [])):
+            temporary.rename(folder)
+        return
+    others = _files(folder) - _files(temporary)
+    if others:
+        raise UserError(
+            f"{folder} holds other files ({min(others)}): remove it, or give another --output"
+        )
+    old = _beside(folder.with_name(f"old-{folder.name}"), shared=False)
+    folder.rename(old)
+    temporary.rename(folder)
+    _remove(old)
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
