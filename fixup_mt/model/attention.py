@@ -6,7 +6,7 @@ batch, G hypotheses of a sentence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,11 +73,9 @@ class KeyValueCache:
 
     def reorder_hypotheses(self, order: Tensor) -> KeyValueCache:
         """Let hypothesis ``i`` go on from hypothesis ``order[i]``; nothing is copied yet."""
-        return replace(
-            self,
-            padding=_rows(self.padding, order),
-            order=order if self.order is None else self.order[order],
-        )
+        padding = _rows(self.padding, order)
+        order = order if self.order is None else self.order[order]
+        return KeyValueCache(self.keys, self.values, padding, order)
 
     def reorder_sentences(self, order: Tensor) -> KeyValueCache:
         """The same for keys and values of sentences, which stay where they are while the
@@ -86,7 +84,7 @@ class KeyValueCache:
         rows = self.keys.size(0)
         sentences, group = sentence_order(order, self.group, rows)
         if is_identity(sentences, rows):
-            return replace(self, group=group)
+            return KeyValueCache(self.keys, self.values, self.padding, group=group)
         keys, values = (x.index_select(0, sentences) for x in (self.keys, self.values))
         return KeyValueCache(keys, values, _rows(self.padding, sentences), group=group)
 
@@ -175,14 +173,15 @@ class FixupAttention(MultiheadAttention):
             q = self._split_heads(self.q_proj(query))
         else:
             q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
-            padding = key_padding_mask
-            cache = cache.append(k, v, padding) if cache else KeyValueCache(k, v, padding)
-        rows, sentences = q.size(0), cache.keys.size(0)
-        if incremental_state is not None:
-            cache = replace(cache, order=None, group=rows // sentences)
-            self._set_input_buffer(incremental_state, cache.buffer())
+            if cache is None:
+                cache = KeyValueCache(k, v, key_padding_mask, group=q.size(0) // k.size(0))
+            else:
+                cache = cache.append(k, v, key_padding_mask)
+            if incremental_state is not None:
+                self._set_input_buffer(incremental_state, cache.buffer())
+        rows = q.size(0)
         mask = self._mask(attn_mask, cache.padding, q.dtype)
-        q = together(q, sentences)
+        q = together(q, cache.keys.size(0))
         weights: Tensor | None = None
         if need_weights or need_head_weights:
             out, weights = self._attend_and_weigh(q, cache.keys, cache.values, mask)

@@ -56,6 +56,8 @@ class ScalarLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.kept_weight is not None:
             return F.linear(input, self.kept_weight, self.kept_bias)
+        if self.kept_bias is not None:
+            return F.linear(input, self.weight, self.kept_bias)
         if self._passes_over_weight and input.numel() < self.weight.numel():
             return self._by_parts(input)
         return F.linear(input, *self.folded())
@@ -75,10 +77,11 @@ class ScalarLinear(nn.Linear):
         return weight, bias
 
     def make_generation_fast_(self, **options: Any) -> None:
-        """The weights change no more: compute the products once."""
-        if self._passes_over_weight:
-            with torch.no_grad():
-                self.kept_weight, self.kept_bias = self.folded()
+        """The weights change no more: compute once what differs from them."""
+        with torch.no_grad():
+            weight, bias = self.folded()
+        self.kept_weight = None if weight is self.weight else weight
+        self.kept_bias = None if bias is self.bias else bias
 
     @property
     def _passes_over_weight(self) -> bool:

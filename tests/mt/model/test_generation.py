@@ -190,9 +190,9 @@ def test_kept_products_change_neither_output_nor_state_dict() -> None:
     ready = _ready(model)
     assert ready.state_dict().keys() == model.state_dict().keys()
     kept = [name for name, _ in ready.named_buffers() if "kept_" in name]
-    # The packed weight of self-attention; a last weight for each branch, a bias for each ffn.
+    # The packed weight of self-attention; a last weight for each branch, two biases for each ffn.
     encoder, decoder = len(ready.encoder.layers), len(ready.decoder.layers)
-    assert len(kept) == (1 + 2 + 1) * encoder + (1 + 3 + 1) * decoder
+    assert len(kept) == (1 + 2 + 2) * encoder + (1 + 3 + 2) * decoder
     for layer in model.decoder.layers:
         layer.need_attn = False
     # Attention weights that are asked for, those of the last layer, have a softmax in float32.
@@ -200,7 +200,7 @@ def test_kept_products_change_neither_output_nor_state_dict() -> None:
 
 
 def test_loading_weights_empties_what_was_kept() -> None:
-    ready, other = _ready(trained(build(), 1)), trained(build(), 2)
+    ready, other = _ready(trained(build(), 1).double()), trained(build(), 2).double()
     ready.load_state_dict(other.state_dict())
     torch.testing.assert_close(ready(**batch())[0], other(**batch())[0])
 
