@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fixup_core as fc
-from vision.data.modules import CIFAR10
+from vision.data import CIFAR10
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.core import foreign

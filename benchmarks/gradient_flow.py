@@ -92,8 +92,8 @@ def _tell(name: str, steps: int, chain: Chain, data: Data) -> None:
     total = sum(length.norm for length in lengths) or 1.0
     mean = sum(length.length * length.norm for length in lengths) / total
     shares = [length.share for length in lengths]
-    told = " ".join(f"{share:6.3f}" for share in (*shares[:7], sum(shares[7:])))
-    print(f"{name:10} {steps:5}  {loss:<9.3g} {mean:11.2f}  {told}")
+    text = " ".join(f"{share:6.3f}" for share in (*shares[:7], sum(shares[7:])))
+    print(f"{name:10} {steps:5}  {loss:<9.3g} {mean:11.2f}  {text}")
 
 
 def _train_(chain: Chain, data: Data, steps: int) -> None:

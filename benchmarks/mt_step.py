@@ -61,7 +61,7 @@ def parse(text: str | None, rounds: int, **numbers: int) -> argparse.Namespace:
 
 
 def task_of(words: int) -> Any:
-    """What a model is built for: so many words on both sides."""
+    """What a model is built for: the same words on both sides."""
     dictionary = Dictionary()
     for i in range(words):
         dictionary.add_symbol(f"w{i}")

@@ -85,7 +85,7 @@ def parameters_named(
     """Parameters by name, chosen by name or as they are.
 
     Raises:
-        UserError: One that the network does not have, or none at all.
+        UserError: One that the network does not have, or an empty selection.
     """
     known = dict(net.named_parameters())
     names = {id(parameter): name for name, parameter in known.items()}
@@ -102,7 +102,7 @@ def modules_named(net: nn.Module, chosen: Iterable[str | nn.Module]) -> dict[nn.
     """Modules and their paths, chosen by path or as they are.
 
     Raises:
-        UserError: One that the network does not have, or none at all.
+        UserError: One that the network does not have, or an empty selection.
     """
     known = dict(net.named_modules())
     paths = {module: path for path, module in known.items()}

@@ -77,7 +77,7 @@ class VisionCLI(LightningCLI):
             "--checkpoint_every",
             type=int,
             default=0,
-            help="also save last.ckpt after every so many steps (0: after every epoch alone)",
+            help="also save last.ckpt after every N steps (0: after every epoch alone)",
         )
         parser.add_argument(
             "--threads",

@@ -17,7 +17,7 @@ from fixup_core.errors import UserError
 
 
 def write_onnx(
-    network: nn.Module,
+    net: nn.Module,
     inputs: Sequence[Tensor],
     file: Path,
     *,
@@ -25,10 +25,10 @@ def write_onnx(
     output_names: Sequence[str],
     free_sizes: Sequence[dict[int, str]],
 ) -> None:
-    """Write ``network`` into one file.
+    """Write ``net`` into one file.
 
     Args:
-        network: In evaluation mode.
+        net: In evaluation mode.
         inputs: Of any sizes but 0 and 1 where a size is free.
         file: To write.
         input_names: Of the graph's inputs.
@@ -47,7 +47,7 @@ def write_onnx(
     try:
         with _silence():
             torch.onnx.export(
-                network.eval(),
+                net.eval(),
                 tuple(inputs),
                 file,
                 input_names=input_names,

@@ -265,8 +265,8 @@ def _number(scalar: Number) -> float:
 
 
 def _rounded(after: Number, out: Tensor) -> Number:
-    """The floor as ``out`` can hold it, so that what lies on it can be told; a plain number where
-    reading it does not wait for the device.
+    """The floor as ``out`` can hold it, so that what lies on it can be recognised; a plain number
+    where reading it does not wait for the device.
     """
     low = torch.as_tensor(after, dtype=out.dtype).detach()
     return low.item() if low.device.type == "cpu" else low

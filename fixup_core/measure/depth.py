@@ -30,7 +30,7 @@ SEEDS = 10
 TOLERANCE = 0.2
 """Of the slope: over ``DEPTHS``, a span of 32, the size may at most double or halve."""
 
-Moved = str | Callable[[nn.Module], Iterable[nn.Parameter]]
+Chosen = str | Callable[[nn.Module], Iterable[nn.Parameter]]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def depth_check(
     batch: tuple[Inputs, Any],
     depths: Sequence[int] = DEPTHS,
     seeds: int = SEEDS,
-    moved: Moved = "branches",
+    moved: Chosen = "branches",
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
     eta: float | None = None,
     loss: Callable[[Any, Any], Tensor] = cross_entropy,

@@ -23,7 +23,7 @@ FEW = 20
 class Curve:
     """A named line of (x, y) points.
 
-    It breaks where y is infinite or no number, which a cross at the upper edge tells, and where y
+    It breaks where y is infinite or no number, which a cross at the upper edge shows, and where y
     has no logarithm on an axis that wants one.
 
     Attributes:

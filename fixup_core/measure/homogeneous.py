@@ -100,7 +100,7 @@ def homogeneous_sets(net: nn.Module, inputs: Inputs) -> dict[str, tuple[str, ...
 
     Returns:
         Names of parameters. Whether they are p.h. depends on the rest of the network (a
-        normalisation makes none of them so): ``is_positively_homogeneous`` tells.
+        normalisation makes none of them so): ``is_positively_homogeneous`` tries it.
     """
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     calls = _calls(net, inputs)

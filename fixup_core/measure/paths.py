@@ -45,7 +45,7 @@ class BlockGradient:
 
 @dataclass(frozen=True)
 class PathLength:
-    """All paths of the gradient through so many branches.
+    """All paths of the gradient through a number of branches.
 
     Attributes:
         length: k.

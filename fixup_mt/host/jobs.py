@@ -117,8 +117,8 @@ class _Running:
 
     def _reason(self) -> str:
         lines = self.job.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        return (f"{told[-1]}; " if told else "") + f"see {self.job.log}"
+        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return (f"{said[-1]}; " if said else "") + f"see {self.job.log}"
 
     def close(self) -> None:
         if self.process.poll() is None:

@@ -41,7 +41,7 @@ NOT_OFFERED = frozenset(
         *("base_layers", "base_sublayers", "base_shuffle", "xformers_att_config"),
         # fairseq looks the exact classes of the layers up, and ours are not among them.
         *("quant_noise_scalar", "scalar"),
-        # Fully sharded training flattens the parameters that the scalars and the rules are told by.
+        # Fully sharded training flattens the parameters by which scalars and rules are found.
         "min_params_to_wrap",
         # fairseq appends the target's words to the source's but leaves the prepared word ids alone.
         "merge_src_tgt_embed",

@@ -15,7 +15,7 @@ from fixup_core.errors import UserError
 from tests.conftest import ENVIRONMENT, ROOT
 from vision.cli import VisionCLI
 from vision.compare import read_run
-from vision.training.checkpoints import WholeFiles
+from vision.training.checkpoints import AtomicCheckpointIO
 from vision.training.lit_classifier import DivergedError, LitClassifier, _mean, load_classifier
 
 RECIPE = ROOT / "recipes" / "vision" / "digits_fixup_resnet20.yaml"
@@ -156,18 +156,18 @@ def test_a_mean_weighs_its_values_and_keeps_what_is_no_number() -> None:
 
 def test_a_kill_while_saving_leaves_the_checkpoint_of_before(tmp_path: Path, monkeypatch) -> None:
     file = tmp_path / "last.ckpt"
-    WholeFiles().save_checkpoint({"step": 1}, file)
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, file)
 
     def die(*_) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "replace", die)
     with pytest.raises(KeyboardInterrupt):
-        WholeFiles().save_checkpoint({"step": 2}, file)
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, file)
     assert torch.load(file, weights_only=True) == {"step": 1}
     assert (
         type(_fit(tmp_path, "--trainer.max_steps", "0").trainer.strategy.checkpoint_io)
-        is WholeFiles
+        is AtomicCheckpointIO
     )
 
 

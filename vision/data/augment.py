@@ -22,7 +22,7 @@ class Pixels:
     Attributes:
         mean: Of each channel, in 0..1.
         std: Of each channel, in 0..1.
-        crop: In training, pad by so many black pixels on each side and cut the old size out at
+        crop: In training, pad by this many black pixels on each side and cut the old size out at
             random.
         flip: In training, mirror half of the images.
         cutout: In training, the side of the square that is set to the mean (DeVries and Taylor

@@ -129,7 +129,7 @@ class BatchOrder(Sampler[list[int]]):
 class Loader:
     """Yields ``Batch`` after ``Batch``; its state is the epoch and the number of the next batch.
 
-    It counts the epochs itself, those that yield something. Lightning tells it where to begin: by a
+    It counts the epochs itself, those that yield something. Lightning says where to begin: by a
     saved state, or, at the beginning of an epoch, by its number alone. (Going on with a run that is
     limited in steps, Lightning counts the epoch that was finished twice.)
 

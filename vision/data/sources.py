@@ -112,7 +112,7 @@ def read_image(name: str, content: bytes) -> Image.Image:
     """The RGB image in a file's content.
 
     Raises:
-        CorruptImageError: It is none; ``name`` is told.
+        CorruptImageError: The content is not an image; the message has ``name``.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:

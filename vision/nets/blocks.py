@@ -1,4 +1,4 @@
-"""The residual blocks and their shortcuts. Tensors are [B, C, H, W].
+"""The residual blocks. Tensors are [B, C, H, W].
 
 Basic or bottleneck, with whatever norms or scalars a ``Method`` brings. ``PostBlock`` has its
 activation behind the addition, ``PreBlock`` before each convolution; each also without a shortcut,
@@ -10,110 +10,22 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fixup_core import Method, Residual, ResidualBranch, WeightLayer
-from fixup_core.errors import UserError
 from fixup_core.fuse import ops
 from fixup_core.fuse.fold import Floor, floor_of, folded_convolution
 from fixup_core.fuse.ops import ActivationScalars
 from fixup_core.rules.standards import NORMS
+from vision.nets.design import ORDERS, Design, make_shortcut
 from vision.nets.folded import FoldedBlock
 from vision.nets.network import (
-    after_projection,
     before_activation,
     make_activation,
     rename_keys_,
 )
-
-ORDERS = ("post", "pre")
-SHORTCUTS = ("A", "B", "C", "none")
-
-
-@dataclass(frozen=True)
-class Design:
-    """What all blocks of a network share.
-
-    Attributes:
-        method: Norms, scalars, initialisation: a record of the registry.
-        shortcut: He et al. 2015, section 4.1: "A" identity, strided, with zero channels; "B"
-            projection where the shape changes; "C" projection everywhere; "none" a plain network.
-        order: "post": the activation follows the addition (He et al. 2015). "pre": norm and
-            activation come before each convolution (He et al. 2016).
-        activation: "relu", "tanh" or "sigmoid".
-        bottleneck: 1x1, 3x3, 1x1 convolutions, the last four times as wide, not two 3x3.
-        dropout: Probability, before the last convolution of a branch (Zagoruyko 2016).
-    """
-
-    method: Method
-    shortcut: str = "A"
-    order: str = "post"
-    activation: str = "relu"
-    bottleneck: bool = False
-    dropout: float = 0.0
-
-    @property
-    def expansion(self) -> int:
-        return 4 if self.bottleneck else 1
-
-    def shapes(self, inputs: int, width: int, stride: int) -> list[tuple[int, int, int, int]]:
-        """Inputs, outputs, kernel and stride of each convolution of a branch."""
-        if not self.bottleneck:
-            return [(inputs, width, 3, stride), (width, width, 3, 1)]
-        return [(inputs, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)]
-
-    def convolution(self, inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
-        bias = self.method.bias_vectors
-        return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
-
-
-class Subsample(nn.Module):
-    """Shortcut A: every ``stride``-th pixel, and zeros for the channels that are new."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.new_channels, self.stride = outputs - inputs, stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Pooling by one pixel, where slicing would return the gradient in another memory layout.
-        picked = F.avg_pool2d(x, 1, self.stride)
-        return F.pad(picked, (0, 0, 0, 0, 0, self.new_channels))
-
-
-class Projection(nn.Module):
-    """Shortcuts B and C: a strided 1x1 convolution, in no branch.
-
-    In pre order nothing follows it, as in Zagoruyko's code.
-    """
-
-    def __init__(self, design: Design, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv = design.convolution(inputs, outputs, 1, stride)
-        post = design.order == "post"
-        self.norm = after_projection(design.method, outputs) if post else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
-
-
-def make_shortcut(design: Design, inputs: int, outputs: int, stride: int) -> nn.Module | None:
-    """The shortcut of a block; ``None`` passes the block's own input on, without its bias.
-
-    Raises:
-        UserError: Shortcut A where the branch has fewer channels than its input.
-    """
-    changes = stride != 1 or inputs != outputs
-    if design.shortcut == "C" or (design.shortcut == "B" and changes):
-        return Projection(design, inputs, outputs, stride)
-    if not changes or design.shortcut == "none":
-        return None
-    if outputs < inputs:
-        raise UserError(f"shortcut A cannot go from {inputs} to {outputs} channels")
-    return Subsample(inputs, outputs, stride)
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ import torch
 
 from fixup_core.errors import UserError
 from fixup_core.rules.methods import method_named
-from vision.nets.blocks import Design
+from vision.nets.design import Design
 from vision.nets.network import Network, write_weights_
 from vision.nets.resnet import ResNet
 

@@ -16,7 +16,7 @@ import torch
 from fixup_core import METHODS, Method
 from fixup_core.errors import UserError
 from fixup_core.rules.methods import method_named
-from vision.nets.blocks import Design
+from vision.nets.design import Design
 from vision.nets.highway import HighwayConvNet, HighwayMLP
 from vision.nets.network import Network, write_weights_
 from vision.nets.resnet import ResNet

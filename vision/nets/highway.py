@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vision.nets.blocks import Subsample
+from vision.nets.design import Subsample
 from vision.nets.network import Network, make_activation
 
 

@@ -28,7 +28,8 @@ from fixup_core.fuse.fold import floor_of, folded_convolution
 from fixup_core.fuse.ops import ActivationScalars
 from fixup_core.rules.methods import check_defined
 from fixup_core.rules.standards import TORCH_DEFAULT
-from vision.nets.blocks import ORDERS, SHORTCUTS, Block, Design, make_block
+from vision.nets.blocks import Block, make_block
+from vision.nets.design import ORDERS, SHORTCUTS, Design
 from vision.nets.folded import FoldedHead
 from vision.nets.network import (
     NORMS,

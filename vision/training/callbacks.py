@@ -20,7 +20,7 @@ from fixup_core.measure.flow import GradientFlow, gradient_flow, plot_flows
 from vision.data.batches import Batch
 
 LEGIBLE = 32
-"""Pixels; smaller images are enlarged to about so many."""
+"""Pixels; smaller images are enlarged to about this size."""
 
 
 class AugmentedImages(Callback):

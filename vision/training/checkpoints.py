@@ -17,7 +17,7 @@ def checkpoint_callbacks(folder: Path, every: int) -> list[ModelCheckpoint]:
 
     Args:
         folder: Of both.
-        every: Save the last one after so many steps too; 0: after every epoch alone.
+        every: Save the last one after every this many steps too; 0: after every epoch alone.
     """
 
     def last(kind: type[ModelCheckpoint], **when: Any) -> ModelCheckpoint:
@@ -28,10 +28,10 @@ def checkpoint_callbacks(folder: Path, every: int) -> list[ModelCheckpoint]:
     )
     # Never when a validation ends, which may be in the midst of accumulated gradients.
     epochs = last(ModelCheckpoint, every_n_epochs=1, save_on_train_epoch_end=True)
-    return [best, epochs, *([last(Within, every_n_train_steps=every)] if every else [])]
+    return [best, epochs, *([last(MidEpochCheckpoint, every_n_train_steps=every)] if every else [])]
 
 
-class Within(ModelCheckpoint):
+class MidEpochCheckpoint(ModelCheckpoint):
     """Saves behind the optimiser's steps, but not where a validation follows: a run that went on
     from there would go without it.
     """
@@ -46,7 +46,7 @@ class Within(ModelCheckpoint):
             super().on_train_batch_end(trainer, *rest)
 
 
-class WholeFiles(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Replaces a checkpoint once its successor is written, in the same folder.
 
     Differs from Lightning's own: that one writes into the system's temporary folder, and where it
@@ -62,6 +62,6 @@ class WholeFiles(TorchCheckpointIO):
 
 
 def save_whole_files(trainer: L.Trainer) -> None:
-    """Let ``trainer`` save by ``WholeFiles``, unless its strategy has its own way of saving."""
+    """Let ``trainer`` save whole files, where its strategy saves as Lightning does."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = WholeFiles()
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()

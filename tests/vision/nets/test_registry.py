@@ -91,7 +91,7 @@ def test_blocks_know_no_method_by_name() -> None:
     """A record that the registry has never seen builds, trains and folds like any other."""
     from dataclasses import replace
 
-    from vision.nets.blocks import Design
+    from vision.nets.design import Design
     from vision.nets.resnet import ResNet
 
     own = replace(METHODS["fixup"], name="own", multiplier=0.5, factor=lambda place: 0.25)

@@ -1,0 +1,143 @@
+"""What all data modules share: splits, batches, and that nothing random is left to chance.
+
+The validation set is cut out of the training set, by a seed; the test set is read by ``test`` and
+``predict`` alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from fixup_core.errors import UserError
+from vision.data.augment import Pixels
+from vision.data.batches import Batch, BatchOrder, Loader, TensorSource
+from vision.data.sources import Images
+
+CACHE = Path("runs/data")
+"""Where images that were decoded or unpacked once are kept."""
+
+
+class VisionData(L.LightningDataModule):
+    """What all data modules share: splits, batches, and that nothing random is left to chance.
+
+    Attributes:
+        num_classes: Known once ``setup`` has run.
+    """
+
+    num_classes: int
+
+    def __init__(self, batch_size: int, val_size: int, seed: int) -> None:
+        super().__init__()
+        self.batch_size, self.val_size, self.seed = batch_size, val_size, seed
+        self.parts: dict[str, Any] = {}
+
+    def description(self) -> dict[str, Any]:
+        """What decides the training batches."""
+        names = ("batch_size", "val_size", "seed")
+        return {"data": type(self).__name__} | {name: getattr(self, name) for name in names}
+
+    def order(self, size: int, *, train: bool, alone: bool = False) -> BatchOrder:
+        """The batches of this process; ``alone``: as if it were the only one."""
+        trainer = None if alone else self.trainer
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        return BatchOrder(
+            size,
+            self.batch_size,
+            seed=self.seed,
+            shuffle=train,
+            drop_last=train and (size >= self.batch_size or world > 1),
+            rank=rank,
+            world_size=world,
+        )
+
+    def split(self, size: int, train_size: int = 0) -> tuple[Tensor, Tensor]:
+        """Indices of the training and validation images; of the former ``train_size``, if not 0.
+
+        Raises:
+            UserError: ``val_size`` leaves no image to train on.
+        """
+        if not 0 < self.val_size < size:
+            raise UserError(
+                f"--data.val_size is {self.val_size}; take a number from 1 to {size - 1}, the "
+                "images that are cut out of the training set for validation"
+            )
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))
+        val, train = order[: self.val_size], order[self.val_size :]
+        return train[: train_size or None].sort().values, val
+
+    def loader(self, part: str, *, alone: bool = False) -> Loader:
+        """The batches of "train", "val" or "test"."""
+        data = self.parts[part]
+        order = self.order(len(data), train=part == "train", alone=alone)
+        limit = self.batches_per_epoch(len(order)) if part == "train" else None
+        return Loader(order, self.source(data, order), limit)
+
+    def batches_per_epoch(self, batches: int) -> int:
+        """The training batches that --trainer.limit_train_batches leaves."""
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+    def source(self, data: Any, order: BatchOrder) -> Any:
+        """What yields (images, labels) of ``data`` in that order."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> Loader:
+        return self.loader("train")
+
+    def val_dataloader(self) -> Loader:
+        return self.loader("val")
+
+    def test_dataloader(self) -> Loader:
+        return self.loader("test")
+
+    predict_dataloader = test_dataloader
+
+
+class TensorData(VisionData):
+    """A data set that lies in memory and is augmented a batch at a time, on the training device.
+
+    Args:
+        batch_size: Of all processes together.
+        val_size: Images cut out of the training set for validation.
+        seed: Of the split, the order and the augmentation.
+        pixels: Normalisation and augmentation.
+        train_size: Number of images to train on; 0: all.
+    """
+
+    def __init__(
+        self, batch_size: int, val_size: int, seed: int, pixels: Pixels, train_size: int = 0
+    ) -> None:
+        super().__init__(batch_size, val_size, seed)
+        self.pixels, self.train_size = pixels, train_size
+
+    def description(self) -> dict[str, Any]:
+        return super().description() | {"train_size": self.train_size} | asdict(self.pixels)
+
+    def load(self, train: bool) -> Images:
+        """The official training or test set."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Read what ``stage`` ("fit", "validate", "test" or "predict") needs."""
+        if stage in ("fit", "validate") and "train" not in self.parts:
+            whole = self.load(train=True)
+            train, val = self.split(len(whole), self.train_size)
+            self.parts |= {"train": whole.take(train), "val": whole.take(val)}
+        if stage in ("test", "predict") and "test" not in self.parts:
+            self.parts["test"] = self.load(train=False)
+        self.num_classes = len(next(iter(self.parts.values())).classes)
+
+    def source(self, data: Images, order: BatchOrder) -> TensorSource:
+        return TensorSource(data.images, data.labels, order)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Augment and normalise where the batch is now."""
+        training = self.trainer is not None and self.trainer.training
+        images = self.pixels.train(batch) if training else self.pixels.normalise(batch.images)
+        return batch._replace(images=images)
