@@ -10,15 +10,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 from fixup_core.errors import UserError
 
+fcntl: Any
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
 PREFIX = ".tmp-"
 """Before the name of what is not whole yet: endings stay, for writers that go by them."""
+LOCK = ".lock"
+_held: dict[Path, TextIO] = {}
+"""The locks of this process, open for as long as it lives."""
 
 
 def add_output(
@@ -86,6 +97,37 @@ def whole_folder(folder: Path, *, shared: bool = False) -> Iterator[Path]:
         _give_name(temporary, folder, shared)
     finally:
         _remove(temporary)
+
+
+def hold_folder(folder: Path) -> None:
+    """Keep other processes from writing into ``folder`` until this one ends, however it ends.
+
+    The lock is the system's, on the file ``.lock`` in it: a kill leaves nothing to be removed. A
+    process that holds a folder may ask again.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    file = folder.resolve() / LOCK
+    if fcntl is None or file in _held:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = file.open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        owner = lock.read().strip() or "unknown"
+        lock.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        raise UserError(
+            f"process {owner} writes into {folder}: wait for it, stop it, or give another folder"
+        ) from error
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    _held[file] = lock
 
 
 def write_text(file: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from fixup_core.errors import UserError
+from fixup_core.files import hold_folder
 from vision import RUNS
 from vision.data import VisionData
 from vision.parser import Parser
@@ -107,6 +108,11 @@ class VisionCLI(LightningCLI):
         trainer = options.trainer
         checkpoints = Path(trainer.default_root_dir, "checkpoints")
         chosen = options.ckpt_path or ("" if self.subcommand == "fit" else "best")
+        if "://" in str(chosen):
+            raise UserError(
+                f"--ckpt_path {chosen} is an address: fetch the file first, and give its path. "
+                "Lightning would load it without the check that it runs no code"
+            )
         if chosen in ("best", "last"):
             options.ckpt_path = str(checkpoints / f"{chosen}.ckpt")
             if not Path(options.ckpt_path).exists():
@@ -157,7 +163,11 @@ class SavedConfig(SaveConfigCallback):
     """Writes a training's resolved options to ``config.yaml`` in the run's folder."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Not yet: the options have not been held against the checkpoint's."""
+        """Keep other runs out of the folder. Nothing is written yet: the options have not been
+        compared with the checkpoint's.
+        """
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            hold_folder(Path(trainer.default_root_dir))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:

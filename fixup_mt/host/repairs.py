@@ -13,21 +13,27 @@ import importlib
 import logging
 import os
 import sys
+import tarfile
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import omegaconf
 import torch
+from fairseq import file_utils
 from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
 from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq.trainer import Trainer
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
-from fixup_core.files import whole_file
+from fixup_core.files import hold_folder, whole_file
 from fixup_mt.errors import UserError, check_architecture, check_options, install_hook
 from fixup_mt.host.flow_log import log_gradients_where_asked
+from fixup_mt.host.literals import shadow_eval, uncover_eval
 from fixup_mt.host.patches import Patch, arguments, patch
 
 logger = logging.getLogger(__name__)
@@ -151,27 +157,92 @@ def resume_with_the_same_batches(original: Any) -> Any:
     return get_batch_iterator
 
 
+@patch("fairseq.checkpoint_utils:load_checkpoint_to_cpu", "path arg_overrides load_on_all_ranks")
+def run_no_code_of_a_checkpoint(original: Any) -> Any:
+    """A checkpoint's settings are strings that fairseq gives to ``eval`` as it builds the model:
+    a file of plain data could run anything (``fixup_mt.host.literals``).
+    """
+    shadow_eval()
+
+    def load_checkpoint_to_cpu(*args: Any, **kwargs: Any) -> Any:
+        shadow_eval()  # modules that have been imported since
+        return original(*args, **kwargs)
+
+    return load_checkpoint_to_cpu
+
+
+@patch("fairseq.file_utils:load_archive_file", "archive_file")
+def keep_archives_in_their_folder(original: Any) -> Any:
+    """A member of a model's archive that is called ``../x`` is written beside the folder."""
+
+    class DataArchive(tarfile.TarFile):
+        extraction_filter = staticmethod(tarfile.data_filter)
+
+    def load_archive_file(archive_file: str) -> Any:
+        before, file_utils.tarfile = file_utils.tarfile, SimpleNamespace(open=DataArchive.open)
+        try:
+            return original(archive_file)
+        except tarfile.FilterError as error:
+            raise UserError(f"{archive_file} is not unpacked: {error}") from error
+        finally:
+            file_utils.tarfile = before
+
+    return load_archive_file
+
+
 @patch("fairseq.checkpoint_utils:load_checkpoint", "cfg trainer **passthrough_args")
 def find_the_restore_file(original: Any) -> Any:
-    """``--restore-file checkpoint_best.pt`` is not looked for in the save directory; the run then
-    starts from scratch and overwrites what lies there.
+    """``--restore-file checkpoint_best.pt`` is not looked for in the save directory, and a file
+    that is not there, or holds no optimiser, is passed over: the run starts from scratch and
+    overwrites what lies there. Nor does anything stop a second run in the same directory.
     """
 
     def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
         name, folder = cfg.restore_file, cfg.save_dir
-        named = name not in (None, "checkpoint_last.pt") and "://" not in name
-        if named and folder is not None:
-            cfg.restore_file = _restore_file(name, Path(folder, name), trainer.checkpoint_suffix)
+        if folder is not None and isinstance(trainer, Trainer):
+            if trainer.is_data_parallel_master and not cfg.no_save:
+                hold_folder(Path(folder))
+            if name not in (None, "checkpoint_last.pt"):
+                cfg.restore_file = name = _restore_file(name, Path(folder, name), trainer)
+            if not (cfg.reset_optimizer or cfg.finetune_from_model):
+                _check_optimizer(Path(folder, name or ""), trainer)
         return original(cfg, trainer, **passthrough_args)
 
     return load_checkpoint
 
 
-def _restore_file(name: str, beside: Path, suffix: str | None) -> str:
+def _restore_file(name: str, beside: Path, trainer: Any) -> str:
+    if "://" in name:
+        if not PathManager.exists(name):
+            raise UserError(f"--restore-file: {name} cannot be reached: give a file")
+        return name
     for path in (name, str(beside)):
-        if Path(path.replace(".pt", f"{suffix or ''}.pt")).exists():
+        if _of_rank(path, trainer).is_dir():
+            raise UserError(f"--restore-file: {path} is a folder: give a file in it")
+        if _of_rank(path, trainer).exists():
             return path
     raise UserError(f"--restore-file: neither {name} nor {beside} exists")
+
+
+def _check_optimizer(file: Path, trainer: Any) -> None:
+    """Raise unless ``file``, if it is there, holds what a run goes on with."""
+    file = _of_rank(str(file), trainer)
+    if not file.is_file():
+        return
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        return  # a damaged file is explained where fairseq loads it
+    if not state.get("last_optimizer_state"):
+        raise UserError(
+            f"{file} holds weights but no optimiser, so that no run can go on from it: start one "
+            f"from its weights by --finetune-from-model {file} in another --save-dir, or add "
+            "--reset-optimizer"
+        )
+
+
+def _of_rank(path: str, trainer: Any) -> Path:
+    return Path(path.replace(".pt", f"{trainer.checkpoint_suffix or ''}.pt"))
 
 
 @patch("fairseq.distributed.utils:infer_init_method", "cfg force_distributed")
@@ -217,6 +288,8 @@ def explain_mistakes(original: Any) -> Any:
 
 
 REPAIRS: tuple[Patch, ...] = (
+    run_no_code_of_a_checkpoint,
+    keep_archives_in_their_folder,
     copy_checkpoints_atomically,
     keep_the_nan_detector_alive,
     name_the_bad_gradients,
@@ -247,3 +320,4 @@ def undo() -> None:
     """Take all patches off. The classes that checkpoints may hold stay allowed."""
     for item in (log_gradients_where_asked, *reversed(REPAIRS)):
         item.undo()
+    uncover_eval()

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from fixup_core.errors import UserError
-from fixup_core.files import once, refuse_existing, whole_file, whole_folder, write_text
+from fixup_core.files import (
+    hold_folder,
+    once,
+    refuse_existing,
+    whole_file,
+    whole_folder,
+    write_text,
+)
 from tests.conftest import ENVIRONMENT, ROOT
 
 
@@ -125,3 +132,29 @@ def test_what_exists_is_refused_unless_it_is_to_be_overwritten(tmp_path: Path) -
     refuse_existing(tmp_path, overwrite=True)
     with pytest.raises(UserError, match="exists: give another --output, or add --overwrite"):
         refuse_existing(tmp_path)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from fixup_core.files import hold_folder
+hold_folder(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_process_writes_into_a_folder_and_a_kill_frees_it(tmp_path: Path) -> None:
+    folder, here = tmp_path / "run", ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", HOLD, str(folder)]
+    other = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=here)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"process {other.pid} writes into .*run: wait"):
+            hold_folder(folder)
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        other.stdout.close()
+    hold_folder(folder)
+    hold_folder(folder)  # one's own lock is no obstacle

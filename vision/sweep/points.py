@@ -22,7 +22,7 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from fixup_core.errors import UserError
-from fixup_core.files import write_text
+from fixup_core.files import hold_folder, write_text
 from vision.data import VisionData
 from vision.nets import check_net, net_options
 from vision.training.lit_classifier import DivergedError, LitClassifier
@@ -232,6 +232,7 @@ def run_points(points: Sequence[Point], recipe: Recipe, output: Path) -> Table:
         raise UserError("there is nothing to train: give depths, methods and seeds")
     for point in {(p.net, p.method, options_text(p.options)): p for p in points}.values():
         check_net(point.net, method=point.method, **point.options)
+    hold_folder(output)
     _keep_to(recipe, output)
     table = Table(output / "points.csv")
     for number, point in enumerate(points, 1):

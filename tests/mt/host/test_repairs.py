@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fairseq import checkpoint_utils, options
+from fairseq import checkpoint_utils, file_utils, options
 from fairseq.data import data_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
@@ -450,3 +452,29 @@ def test_fairseqs_own_checkpoints_load_and_without_the_repair_do_not(
     fairseq("generate", *generate, "--user-dir", "fixup_mt")
     refused = fairseq("generate", *generate, check=False)
     assert refused.returncode and "Weights only load failed" in refused.stderr
+
+
+def _archive(file: Path, name: str) -> None:
+    with tarfile.open(file, "w:gz") as archive:
+        for member, data in (("model/a.txt", b"a"), (name, b"b")):
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "model/../../evil.txt", "/tmp/fixup-evil.txt"])
+def test_an_archive_stays_in_its_folder(name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    _archive(tmp_path / "m.tar.gz", name)
+    if name.startswith("/"):  # the filter takes the root off
+        file_utils.load_archive_file(str(tmp_path / "m.tar.gz"))
+    else:
+        with pytest.raises(UserError, match=r"m\.tar\.gz is not unpacked: .*outside"):
+            file_utils.load_archive_file(str(tmp_path / "m.tar.gz"))
+    assert not (tmp_path / "evil.txt").exists() and not Path("/tmp/fixup-evil.txt").exists()
+
+
+def test_an_archive_of_a_model_is_unpacked(tmp_path: Path) -> None:
+    _archive(tmp_path / "m.tar.gz", "model/b.txt")
+    folder = Path(file_utils.load_archive_file(str(tmp_path / "m.tar.gz")))
+    assert (folder / "a.txt").read_text() == "a" and (folder / "b.txt").read_text() == "b"
