@@ -302,13 +302,13 @@ def _finite_loss(row: dict[str, Any]) -> float:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    kinds = (*CONTESTANTS, UNCALIBRATED)
-    print(f"| network | step, ratio | loss: {' | '.join(kinds)} | accuracy: {' | '.join(kinds)} |")
-    print("|" + "---|" * (2 + 2 * len(kinds)))
+    names = (*CONTESTANTS, UNCALIBRATED)
+    print(f"| network | step, ratio | loss: {' | '.join(names)} | accuracy: {' | '.join(names)} |")
+    print("|" + "---|" * (2 + 2 * len(names)))
     for name in dict.fromkeys(row["net"] for row in rows):
         timed = _rows(rows, name, "seconds")
         ratio = f"{timed[-1]['seconds']['fixup_']['median_ratio']:.2f}" if timed else ""
-        found = [_of_best_setting(_rows(rows, name, kind)) for kind in kinds]
+        found = [_of_best_setting(_rows(rows, name, contestant)) for contestant in names]
         losses = [_spread([row["loss"] for row in own]) for own in found]
         scores = [f"{100 * _mean([r['score'] for r in own]):.1f} %" if own else "" for own in found]
         print(f"| {' | '.join([name, ratio, *losses, *scores])} |")

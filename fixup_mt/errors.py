@@ -89,7 +89,15 @@ LITERALS = ("adam_betas", "model_overrides")
 
 
 def check_options(args: Any) -> None:
-    """Raise ``UserError`` for a parsed option of fairseq's that is out of range or no literal."""
+    """Raise ``UserError`` for a parsed option of fairseq's that is out of range or no literal, or
+    that does not act on a CPU.
+    """
+    for name in ("fp16", "amp"):
+        if getattr(args, "cpu", False) and getattr(args, name, False):
+            raise UserError(
+                f"{_flag(name)} wants a GPU: on a CPU use --fixup-autocast bf16, an option of "
+                "the architectures transformer_fixup and transformer_fixup_lm"
+            )
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name, None)
         for each in value if isinstance(value, list | tuple) else [value]:

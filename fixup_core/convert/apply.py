@@ -38,13 +38,12 @@ def apply_(net: nn.Module, plan: ConversionPlan, method: Method, frozen: bool) -
     """Change the modules of ``net`` as planned; no weight is written.
 
     Args:
-        net: Any.
-        plan: For it.
-        method: Which scalars there are.
-        frozen: Norms that can be frozen are.
+        net: The network that ``plan`` is for.
+        plan: What to do.
+        method: Its scalars are attached.
+        frozen: Put a frozen norm in the place of every norm that one batch can set.
     """
-    # Made before the norms are gone, which may hold an embedding's path in a shared weight.
-    layers = {id(layer): weight_layer(net, layer) for layer in plan.layers()}
+    layers = {layer: weight_layer(net, layer) for layer in plan.layers()}
     _remove_norms_(net, plan.norms, biased=method.biases, frozen=frozen)
     for module in net.modules():
         if isinstance(module, nn.TransformerEncoder):
@@ -52,12 +51,12 @@ def apply_(net: nn.Module, plan: ConversionPlan, method: Method, frozen: bool) -
     _attach_scalars_(net, plan, method)
     if not collect_branches(net):
         net.residual_branches = Declared(  # type: ignore[assignment]
-            ResidualBranch(branch.name, tuple(layers[id(layer)] for layer in branch.layers))
+            ResidualBranch(branch.name, tuple(layers[layer] for layer in branch.layers))
             for branch in plan.branches
         )
     if not collect_classifiers(net):
         net.classifier_layers = Declared(  # type: ignore[assignment]
-            layers[id(layer)] for layer in plan.head
+            layers[layer] for layer in plan.head
         )
 
 
@@ -66,7 +65,8 @@ def weight_layer(net: nn.Module, layer: Layer) -> WeightLayer:
     path, _, name = layer.weight.rpartition(".")
     module = net.get_submodule(path)
     if isinstance(module, nn.Embedding) and layer.unit:
-        module = net.get_submodule(layer.unit)  # an output layer that shares its weight
+        # An output layer that shares an embedding's weight, which is named after the embedding.
+        module = net.get_submodule(layer.unit)
     role = _role(net, layer)
     return WeightLayer(
         module,

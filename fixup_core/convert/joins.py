@@ -87,7 +87,7 @@ def near_joins(trace: Trace, taken: set[Node], operations: frozenset[str]) -> li
         given = sorted(trace.flowing(node), key=trace.order.__getitem__)
         known = operation(node) in operations and node in trace.visible and node not in taken
         parted = known and len(given) == 2 and trace.depends(given[1], given[0])
-        if parted and _Walk(trace, given[0], taken, node).layers(given[1]):
+        if parted and _Walk(trace, given[0], taken).layers(given[1]):
             near.append(place_of(node))
     return list(dict.fromkeys(near))
 
@@ -104,7 +104,7 @@ def _branch_of(trace: Trace, join: Node, joins: set[Node]) -> FoundBranch | None
     # "branch - x" turns the sign of the residual stream: no identity at the start.
     if operation(join) == "sub" and end is not join.args[1]:
         return None
-    walk = _Walk(trace, start, joins, join)
+    walk = _Walk(trace, start, joins)
     layers = walk.layers(end)
     # A position, a bias or a mask is added without weight layers.
     if not layers:
@@ -134,7 +134,7 @@ def _parted(trace: Trace, a: Node, b: Node, joins: set[Node]) -> tuple[Node, Nod
     start = trace.parting(a, b)
     if start is None:
         return None
-    counts = [len(_Walk(trace, start, joins, None).layers(end)) for end in (a, b)]
+    counts = [len(_Walk(trace, start, joins).layers(end)) for end in (a, b)]
     if counts[0] == counts[1]:
         return None  # a sum of parallel layers
     shortcut, end = (a, b) if counts[0] < counts[1] else (b, a)
@@ -150,10 +150,16 @@ def _passes(trace: Trace, node: Node, start: Node, joins: set[Node]) -> bool:
 
 
 class _Walk:
-    """The way back from the end of a branch to where it starts."""
+    """The way back from the end of a branch to where it starts.
 
-    def __init__(self, trace: Trace, start: Node, joins: set[Node], join: Node | None) -> None:
-        self.trace, self.start, self.joins, self.join = trace, start, joins, join
+    Attributes:
+        seen: The nodes on the way, each with the weight layers whose product it is.
+        gains: Names of parameters that multiply what is on the way element by element.
+        nested: Another branch ends on the way.
+    """
+
+    def __init__(self, trace: Trace, start: Node, joins: set[Node]) -> None:
+        self.trace, self.start, self.joins = trace, start, joins
         self.seen: dict[Node, tuple[Use, ...]] = {}
         self.gains: list[str] = []
         self.nested = False
@@ -189,8 +195,10 @@ class _Walk:
         return max(parts, key=len, default=())
 
     def _only(self, node: Node, parts: list[tuple[Use, ...]]) -> tuple[Use, ...]:
-        """The layers that all summands have in common."""
-        # As in "h + 0.5 * h", where one product is added to itself.
+        """The layers of a sum, whose summands must have the same ones.
+
+        So have those of rotary positions, which add two views of one product.
+        """
         distinct = list(dict.fromkeys(parts))
         if len(distinct) > 1:
             raise UserError(

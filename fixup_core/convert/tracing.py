@@ -204,8 +204,10 @@ def _exported(net: nn.Module, inputs: Inputs) -> ExportedProgram:
         with warnings.catch_warnings(), _masks_taken_at_their_word(), in_training_mode(net):
             warnings.simplefilter("ignore")
             program = torch.export.export(net, args, kwargs, strict=False)
-            # An empty table writes the graph in ATen operations and takes none of them apart.
-            return program.run_decompositions({})
+            # Without changes in place, so that the arguments say what a node depends on; the empty
+            # table takes no operation apart: batch norm stays one node.
+            functional: ExportedProgram = program.run_decompositions({})
+            return functional
     except Exception as error:
         raise UserError(
             f"{type(net).__name__} cannot be traced, so its residual branches must be named: "

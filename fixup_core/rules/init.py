@@ -112,8 +112,8 @@ def fixup_init_(
     """Initialise ``net`` by the Fixup rules (Zhang et al. 2019, section 4).
 
     The last layer of each branch and the classifier become 0, the other layers of a branch are
-    drawn from their standard distribution times ``L ** (-1 / (2m - 2))``, layers outside the
-    branches from their standard distribution. Short for ``initialise_(net, "fixup")``, which says
+    drawn from their standard distribution times the factor of rule 2, layers outside the branches
+    from their standard distribution. Short for ``initialise_(net, "fixup")``, which says
     what the arguments are and what is raised.
     """
     return initialise_(net, "fixup", keep=keep, gains=gains, generator=generator)

@@ -33,6 +33,14 @@ from omegaconf.nodes import AnyNode
 from fixup_core.files import hold_folder, whole_file
 from fixup_mt.errors import UserError, check_architecture, check_options, install_hook
 from fixup_mt.host.flow_log import log_gradients_where_asked
+from fixup_mt.host.generation import (
+    batches_of_a_shard,
+    give_numpy_its_old_names,
+    number_sentences_within_their_batch,
+    repeat_no_ngram,
+    share_out,
+    take_numpys_old_names_away,
+)
 from fixup_mt.host.literals import shadow_eval, uncover_eval
 from fixup_mt.host.patches import Patch, arguments, patch
 
@@ -142,7 +150,7 @@ def resume_with_the_same_batches(original: Any) -> Any:
     """
 
     def get_batch_iterator(*args: Any, **kwargs: Any) -> Any:
-        given = arguments(original, *args, **kwargs)
+        given = batches_of_a_shard(arguments(original, *args, **kwargs))
         task, dataset, epoch = given["self"], given["dataset"], given["epoch"]
         anew = given["update_epoch_batch_itr"] or getattr(task.cfg, "rebuild_batches", False)
         # Some data sets draw other sentences every epoch; their batches follow the epoch already.
@@ -199,11 +207,11 @@ def find_the_restore_file(original: Any) -> Any:
 
     def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
         name, folder = cfg.restore_file, cfg.save_dir
+        if folder is not None and name not in (None, "checkpoint_last.pt"):
+            cfg.restore_file = name = _restore_file(name, Path(folder, name), trainer)
         if folder is not None and isinstance(trainer, Trainer):
             if trainer.is_data_parallel_master and not cfg.no_save:
                 hold_folder(Path(folder))
-            if name not in (None, "checkpoint_last.pt"):
-                cfg.restore_file = name = _restore_file(name, Path(folder, name), trainer)
             if not (cfg.reset_optimizer or cfg.finetune_from_model):
                 _check_optimizer(Path(folder, name or ""), trainer)
         return original(cfg, trainer, **passthrough_args)
@@ -281,7 +289,9 @@ def explain_mistakes(original: Any) -> Any:
             check_architecture([part or "" for part in line], list(ARCH_MODEL_REGISTRY))
         parsed = original(parser, input_args, *args, **kwargs)
         if command:
-            check_options(parsed[0] if isinstance(parsed, tuple) else parsed)
+            options = parsed[0] if isinstance(parsed, tuple) else parsed
+            check_options(options)
+            share_out(options)
         return parsed
 
     return parse_args_and_arch
@@ -298,6 +308,8 @@ REPAIRS: tuple[Patch, ...] = (
     find_the_restore_file,
     join_the_ranks_of_torchrun,
     explain_mistakes,
+    repeat_no_ngram,
+    number_sentences_within_their_batch,
 )
 
 
@@ -308,8 +320,10 @@ def apply() -> None:
         logger.warning(text, SWITCH)
         return
     load_checkpoints_safely()
+    give_numpy_its_old_names()
     log_gradients_where_asked.apply()
-    on = [load_checkpoints_safely.__name__, *(r.name for r in REPAIRS if r.apply())]
+    plain = (load_checkpoints_safely.__name__, give_numpy_its_old_names.__name__)
+    on = [*plain, *(r.name for r in REPAIRS if r.apply())]
     # `python -m fixup_mt` is no fairseq command, and scripts read what it prints.
     if sys.argv[0] != "-m":
         text = "repairs of fairseq are on (%s=0 turns them off): %s"
@@ -321,3 +335,4 @@ def undo() -> None:
     for item in (log_gradients_where_asked, *reversed(REPAIRS)):
         item.undo()
     uncover_eval()
+    take_numpys_old_names_away()
