@@ -87,7 +87,12 @@ def fixup_(
             is as it was.
     """
     method = _without_norms(method)
-    _check_arguments(net, example_inputs, keep_norms, calibrate)
+    if any(scalars(net)):
+        raise UserError(
+            f"{type(net).__name__} has Fixup's scalars already: fixup_init_ draws it anew"
+        )
+    if calibrate:
+        _check_calibration(method, example_inputs, keep_norms)
     norm_types = (*NORMS, *norm_types)
     with plain_weights(net) as parametrised:
         if branches is None and not collect_branches(net):
@@ -128,17 +133,17 @@ def _without_norms(method: str | Method) -> Method:
     return chosen
 
 
-def _check_arguments(
-    net: nn.Module, example_inputs: Inputs | None, keep_norms: bool, calibrate: bool
-) -> None:
-    if any(scalars(net)):
-        raise UserError(
-            f"{type(net).__name__} has Fixup's scalars already: fixup_init_ draws it anew"
-        )
-    if calibrate and (example_inputs is None or keep_norms):
+def _check_calibration(method: Method, example_inputs: Inputs | None, keep_norms: bool) -> None:
+    """Raise ``UserError`` where there is nothing that a batch could set."""
+    if example_inputs is None or keep_norms:
         raise UserError(
             "calibrate=True needs a batch of real data, example_inputs=, and norms to remove "
             "(keep_norms=False)"
+        )
+    if not method.biases or method.multiplier is None:
+        raise UserError(
+            "calibrate=True sets scalar biases and multipliers; the method "
+            f"{method.name!r} lacks one of them"
         )
 
 
@@ -155,7 +160,7 @@ def _report(
 ) -> ConversionReport:
     kept = tuple(row.name for row in init.rows if row.role == "kept")
     names = {id(p): name for name, p in net.named_parameters()}
-    head = [layer.weight for layer in plan.head]
+    head = [layer.weight for layer in plan.head] if method.zero_head else []
     tied = [name for name in head if names[id(net.get_parameter(name))] in kept]
     notes = [f"{name} is an embedding too and cannot be 0: it stays" for name in tied]
     frozen = plan.freezable() if calibrate else ()
