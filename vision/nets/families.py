@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fixup_core import METHODS, Method
+from fixup_core import Method
 from fixup_core.errors import UserError
 from fixup_core.rules.methods import method_named
 from vision.nets.design import Design
@@ -143,7 +143,7 @@ FAMILIES = (
 def build_net(
     name: str,
     *,
-    method: str = "fixup",
+    method: str | Method = "fixup",
     num_classes: int = 10,
     batch: torch.Tensor | None = None,
     **options: Any,
@@ -153,7 +153,7 @@ def build_net(
     Args:
         name: The family and its numbers: ``cifar_resnet<6n+2>``, ``cifar_wrn<6n+4>_<width>``,
             ``imagenet_resnet<18|34|50|101|152>``, ``highway<depth>``, ``highway_conv<depth>``.
-        method: A name in ``METHODS``.
+        method: A name in ``METHODS``, or a record.
         num_classes: Of the classifier.
         batch: Images [B, C, H, W] for a method that looks at data; noise if there are none.
         options: Of the family: ``shortcut``, ``order``, ``activation``, ``dropout``,
@@ -168,7 +168,7 @@ def build_net(
             cannot take.
     """
     net = _built(name, method, num_classes=num_classes, **options)
-    chosen = METHODS[method]
+    chosen = method_named(method)
     if chosen.unit_variance and batch is None:
         channels, size = image_of(name, **options)
         batch = torch.randn(16, channels, size, size)
@@ -176,7 +176,7 @@ def build_net(
     return net
 
 
-def check_net(name: str, *, method: str = "fixup", **options: Any) -> None:
+def check_net(name: str, *, method: str | Method = "fixup", **options: Any) -> None:
     """Raise what ``build_net`` would raise, without memory for weights."""
     with torch.device("meta"):
         _built(name, method, num_classes=10, **options)
@@ -193,7 +193,7 @@ def image_of(name: str, **options: Any) -> tuple[int, int]:
     return options.get("in_channels", channels), options.get("image_size", size)
 
 
-def _built(name: str, method: str, **options: Any) -> Network:
+def _built(name: str, method: str | Method, **options: Any) -> Network:
     """The network, its weights not yet written."""
     family, numbers = _parse(name)
     chosen = method_named(method)
@@ -209,7 +209,10 @@ def _check_option(name: str, option: str, value: Any, known: tuple[str, ...]) ->
         raise UserError(f"{name} has no option {option!r}; {hint}")
     kind = OPTION_TYPES[option]
     fits = type(value) is kind or (kind is float and type(value) is int)
-    if not fits and not (kind is tuple and isinstance(value, list)):
+    if kind is tuple:
+        fits = isinstance(value, (list, tuple)) and bool(value)
+        fits = fits and all(type(each) is int for each in value)
+    if not fits:
         raise UserError(f"{name}: the option {option} is {value!r}: give {TYPE_NAMES[kind]}")
 
 

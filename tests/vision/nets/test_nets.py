@@ -231,6 +231,8 @@ def test_highway_gates_start_by_carrying() -> None:
         ("cifar_resnet20", {"widht": 3}, "has no option 'widht'; did you mean width"),
         ("cifar_resnet20", {"width": "wide"}, "the option width is 'wide': give a whole number"),
         ("cifar_resnet20", {"checkpointing": 1}, "checkpointing is 1: give true or false"),
+        ("highway_conv4", {"widths": ["a"], "method": "none"}, "give a list of whole numbers"),
+        ("highway_conv4", {"widths": [], "method": "none"}, "give a list of whole numbers"),
         ("cifar_wrn10_1", {"method": "zeroinit"}, "no branch of ResNet ends with"),
     ],
 )
