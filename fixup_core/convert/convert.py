@@ -19,7 +19,7 @@ from fixup_core.errors import UserError
 from fixup_core.probing import Inputs
 from fixup_core.rules.branches import collect_branches, collect_places
 from fixup_core.rules.init import initialise_
-from fixup_core.rules.methods import METHODS, Method, method_named
+from fixup_core.rules.methods import Method, check_defined, method_named
 from fixup_core.rules.parametrised import plain_weights
 from fixup_core.rules.report import ConversionReport, ConvertedBranch, InitReport
 from fixup_core.rules.scalars import scalars
@@ -86,7 +86,11 @@ def fixup_(
             value (spectral norm's); the network cannot be traced; the method has norms. The network
             is as it was.
     """
-    method = _without_norms(method)
+    method = check_defined(
+        method_named(method),
+        "fixup_, which removes norms and leaves what lies outside the branches",
+        lambda one: one.norm is None and one.standard is None,
+    )
     if any(scalars(net)):
         raise UserError(
             f"{type(net).__name__} has Fixup's scalars already: fixup_init_ draws it anew"
@@ -114,23 +118,6 @@ def fixup_(
     if verbose:
         print(report)
     return report
-
-
-def _without_norms(method: str | Method) -> Method:
-    """The record of a method.
-
-    Raises:
-        UserError: ``fixup_`` cannot apply it.
-    """
-
-    def fits(method: Method) -> bool:
-        return method.norm is None and method.standard is None
-
-    chosen = method_named(method)
-    if not fits(chosen):
-        known = ", ".join(m.name for m in METHODS.values() if fits(m))
-        raise UserError(f"fixup_ cannot apply the method {chosen.name!r}; choose one of {known}")
-    return chosen
 
 
 def _check_calibration(method: Method, example_inputs: Inputs | None, keep_norms: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from fixup_core import Method
 from fixup_core.errors import UserError
-from fixup_core.rules.methods import method_named
+from fixup_core.rules.methods import check_defined, method_named
 from vision.nets.design import Design
 from vision.nets.highway import HighwayConvNet, HighwayMLP
 from vision.nets.network import Network, write_weights_
@@ -92,11 +92,11 @@ def _highway_conv(depth: int, *, method: Method, **options: Any) -> Network:
 
 
 def _gated(kind: Any, depth: int, method: Method, options: dict[str, Any]) -> Network:
-    if method.needs_branches or method.norm:
-        raise UserError(
-            "a highway network has gates in place of norms and residual branches: "
-            "take method none, xavier or lsuv"
-        )
+    check_defined(
+        method,
+        "highway networks, which have gates in place of norms and residual branches",
+        lambda one: one.norm is None and not one.needs_branches,
+    )
     if depth < 2:
         raise UserError(f"a highway network has at least 2 layers, got {depth}")
     return kind(depth=depth, **options)
