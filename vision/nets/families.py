@@ -178,8 +178,11 @@ def build_net(
 
 def check_net(name: str, *, method: str | Method = "fixup", **options: Any) -> None:
     """Raise what ``build_net`` would raise, without memory for weights."""
+    chosen = method_named(method)
     with torch.device("meta"):
-        _built(name, method, num_classes=10, **options)
+        net = _built(name, chosen, num_classes=10, **options)
+        if not chosen.unit_variance:
+            write_weights_(net, chosen)
 
 
 def net_options(name: str) -> tuple[str, ...]:

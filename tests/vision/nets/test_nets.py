@@ -239,6 +239,8 @@ def test_highway_gates_start_by_carrying() -> None:
 def test_what_cannot_be_built_is_told(name: str, options: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         build_net(name, **options)
+    with pytest.raises(ValueError, match=says):
+        check_net(name, **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.example)
