@@ -8,7 +8,7 @@ take the rest from the record and know no method by its name. To add a method, a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -216,24 +216,17 @@ def method_named(name: str | Method) -> Method:
     return METHODS[name]
 
 
-def check_defined(
-    method: Method, nets: str, *, norms: Collection[str], data: bool = True
-) -> Method:
+def check_defined(method: Method, nets: str, defined: Callable[[Method], bool]) -> Method:
     """The method, where it is defined for a kind of network.
 
     Args:
-        method: Of the registry.
+        method: Any.
         nets: The kind, as the message names it: "ResNets".
-        norms: The norms that such a network can have.
-        data: Whether there is a batch when its weights are written.
+        defined: Whether a method is defined for that kind.
 
     Raises:
-        UserError: It is not defined; those that are, are named.
+        UserError: It is not defined; those of the registry that are, are named.
     """
-
-    def defined(one: Method) -> bool:
-        return (one.norm is None or one.norm in norms) and (data or not one.unit_variance)
-
     if not defined(method):
         known = ", ".join(one.name for one in METHODS.values() if defined(one))
         raise UserError(

@@ -237,10 +237,7 @@ def apply() -> None:
     load_checkpoints_safely()
     log_gradients_where_asked.apply()
     on = [load_checkpoints_safely.__name__, *(r.name for r in REPAIRS if r.apply())]
-    # `python -m fixup_mt` is no fairseq command, and scripts read what it prints.
-    if sys.argv[0] != "-m":
-        text = "repairs of fairseq are on (%s=0 turns them off): %s"
-        logger.info(text, SWITCH, ", ".join(on))
+    logger.info("repairs of fairseq are on (%s=0 turns them off): %s", SWITCH, ", ".join(on))
 
 
 def undo() -> None:

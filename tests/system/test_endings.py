@@ -141,6 +141,23 @@ def test_a_bug_keeps_its_traceback(error: Exception, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out of memory"), RuntimeError("CUDA error: an assert")]
+)
+def test_a_device_that_fails_does_not_make_the_file_damaged(
+    error: Exception, tmp_path: Path
+) -> None:
+    def move(storage: object, location: str) -> object:
+        raise error
+
+    def command() -> None:
+        torch.load(tmp_path / "file", map_location=move)
+
+    torch.save(torch.ones(2), tmp_path / "file")
+    with pytest.raises(type(error), match=str(error)):
+        run_command(command)
+
+
 def test_a_file_sought_in_vain_does_not_explain_a_bug() -> None:
     def command() -> None:
         try:
