@@ -1,4 +1,4 @@
-# make demo | make test | make check | make test-slow | make bench | make setup | make clean
+# make demo | make test | make check | make test-slow | make test-gpu | make bench | make setup | make clean
 # On a fresh machine `make demo` and `make test` need nothing before them.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 STAMP := $(VENV)/.installed
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: setup demo test test-slow check bench clean
+.PHONY: setup demo test test-slow test-gpu check bench clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,10 @@ test: setup
 test-slow: setup
 	@echo "== slow tests: many minutes, a dot for each"
 	@$(TEST) -m slow
+
+test-gpu: setup
+	@echo "== tests on a CUDA device"
+	@$(BIN)/python -m pytest -m gpu tests/gpu
 
 check: setup
 	@echo "== linter"

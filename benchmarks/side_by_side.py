@@ -92,6 +92,14 @@ def peak_bytes(step: Callable[[], object]) -> int:
     return _status("VmHWM") - before
 
 
+def cuda_peak_bytes(step: Callable[[], object]) -> int:
+    """The same on a GPU."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
@@ -106,6 +114,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -119,4 +128,6 @@ def _processor() -> str:
 def _seconds(step: Callable[[], object]) -> float:
     start = time.perf_counter()
     step()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # a GPU works on when the call has returned
     return time.perf_counter() - start

@@ -9,6 +9,8 @@ in channels_last:
 - ``Fixup, plain``: every scalar a pass over its tensor, as the authors' code has it;
 - ``BatchNorm``.
 
+``--device cuda`` measures on a GPU, where peaks are those of PyTorch's allocator.
+
 Bytes are those of distinct tensors kept for the backward pass; peaks are of a training step in a
 process of its own, above what the process held before, each large tensor mapped by itself: else the
 holes that the allocator leaves would be measured (up to a third more, for all contestants).
@@ -20,10 +22,18 @@ import argparse
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from side_by_side import add_arguments, compare, in_own_process, peak_bytes, show, write
+from side_by_side import (
+    add_arguments,
+    compare,
+    cuda_peak_bytes,
+    in_own_process,
+    peak_bytes,
+    show,
+    write,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,17 +58,25 @@ METHODS = {
 PRECISIONS = ("float32", "bfloat16")
 
 
+class Setting(NamedTuple):
+    """What a contestant runs in, and on what."""
+
+    precision: str
+    device: str
+
+
 def main() -> None:
     args = _parse()
     torch.set_num_threads(args.threads)
     if args.peak:
-        print(json.dumps(_peak(*args.peak)))
+        net, contestant, precision = args.peak
+        print(json.dumps(_peak(net, contestant, Setting(precision, args.device))))
         return
     results: dict[str, Any] = {}
     for net in args.nets:
         for precision in PRECISIONS:
             title = f"{net}, {SHAPES[net][0]} images of {SHAPES[net][1]}, {precision}"
-            results[title] = found = _measure(net, precision, args)
+            results[title] = found = _measure(net, Setting(precision, args.device), args)
             show(f"{title}: training step", found["train"])
             show(f"{title}: inference", found["inference"])
             for kind in ("kept", "peak"):
@@ -73,22 +91,23 @@ def _parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--nets", nargs="+", default=list(SHAPES)[1:], choices=list(SHAPES))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     parser.add_argument("--peak", nargs=3, metavar=("NET", "CONTESTANT", "PRECISION"))
     add_arguments(parser, rounds=20)
     return parser.parse_args()
 
 
-def _measure(name: str, precision: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    nets = {contestant: _net(name, method) for contestant, method in METHODS.items()}
-    images, labels = _batch(name)
-    train = {c: _training(net, images, labels, c, precision) for c, net in nets.items()}
+def _measure(name: str, setting: Setting, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    nets = {c: _net(name, method).to(setting.device) for c, method in METHODS.items()}
+    images, labels = (part.to(setting.device) for part in _batch(name))
+    train = {c: _training(net, images, labels, c, setting) for c, net in nets.items()}
     folded = {c: net.eval() for c, net in nets.items()}
     summary = {"train": compare(train, args.rounds)}
-    infer = {c: _inference(net, images, c, precision) for c, net in folded.items()}
-    infer["Fixup, folded"] = _inference(fold(nets["Fixup"]), images, "folded", precision)
+    infer = {c: _inference(net, images, c, setting) for c, net in folded.items()}
+    infer["Fixup, folded"] = _inference(fold(nets["Fixup"]), images, "folded", setting)
     summary["inference"] = compare(infer, args.rounds)
-    kept = {c: _kept(net.train(), images, c, precision) for c, net in nets.items()}
-    peak = {c: _peak_elsewhere(name, c, precision, args.threads) for c in METHODS}
+    kept = {c: _kept(net.train(), images, c, setting) for c, net in nets.items()}
+    peak = {c: _peak_elsewhere(name, c, setting, args.threads) for c in METHODS}
     return {**summary, "kept": kept, "peak": peak}
 
 
@@ -109,18 +128,19 @@ def _batch(name: str, count: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @contextlib.contextmanager
-def _route(contestant: str, precision: str) -> Iterator[None]:
+def _route(contestant: str, setting: Setting) -> Iterator[None]:
     plain = ops.plain_route() if contestant.endswith("plain") else contextlib.nullcontext()
-    with plain, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+    half = setting.precision == "bfloat16"
+    with plain, torch.autocast(setting.device, torch.bfloat16, enabled=half):
         yield
 
 
 def _training(
-    net: nn.Module, images: Tensor, labels: Tensor, contestant: str, precision: str
+    net: nn.Module, images: Tensor, labels: Tensor, contestant: str, setting: Setting
 ) -> Callable[[], None]:
     def step() -> None:
         net.train().zero_grad()
-        with _route(contestant, precision):
+        with _route(contestant, setting):
             logits = net(images)
         F.cross_entropy(logits.float(), labels).backward()
 
@@ -128,16 +148,16 @@ def _training(
 
 
 def _inference(
-    net: nn.Module, images: Tensor, contestant: str, precision: str
+    net: nn.Module, images: Tensor, contestant: str, setting: Setting
 ) -> Callable[[], Tensor]:
     def step() -> Tensor:
-        with torch.no_grad(), _route(contestant, precision):
+        with torch.no_grad(), _route(contestant, setting):
             return net.eval()(images)
 
     return step
 
 
-def _kept(net: nn.Module, images: Tensor, contestant: str, precision: str) -> int:
+def _kept(net: nn.Module, images: Tensor, contestant: str, setting: Setting) -> int:
     """Bytes of the distinct storages that the backward pass keeps."""
     storages: dict[int, int] = {}
 
@@ -147,22 +167,25 @@ def _kept(net: nn.Module, images: Tensor, contestant: str, precision: str) -> in
         return tensor
 
     keep = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with keep, _route(contestant, precision):
+    with keep, _route(contestant, setting):
         held = net(images)  # or memory would be given back, and its address used again
     del held
     return sum(storages.values())
 
 
-def _peak_elsewhere(name: str, contestant: str, precision: str, threads: int) -> int:
-    return in_own_process(__file__, "--threads", threads, "--peak", name, contestant, precision)
+def _peak_elsewhere(name: str, contestant: str, setting: Setting, threads: int) -> int:
+    options = ("--threads", threads, "--device", setting.device)
+    peak = ("--peak", name, contestant, setting.precision)
+    return in_own_process(__file__, *options, *peak)
 
 
-def _peak(name: str, contestant: str, precision: str) -> int:
+def _peak(name: str, contestant: str, setting: Setting) -> int:
     """Bytes that a training step takes at its peak, above what was held before."""
-    net = _net(name, METHODS[contestant])
-    _training(net, *_batch(name, 2), contestant, precision)()
-    images, labels = _batch(name)
-    return peak_bytes(_training(net, images, labels, contestant, precision))
+    net = _net(name, METHODS[contestant]).to(setting.device)
+    images, labels = (part.to(setting.device) for part in _batch(name))
+    _training(net, images[:2], labels[:2], contestant, setting)()
+    step = _training(net, images, labels, contestant, setting)
+    return peak_bytes(step) if setting.device == "cpu" else cuda_peak_bytes(step)
 
 
 if __name__ == "__main__":
