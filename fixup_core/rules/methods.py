@@ -15,6 +15,7 @@ from torch import nn
 
 from fixup_core.errors import UserError
 from fixup_core.rules.branches import Place
+from fixup_core.rules.residual import Residual
 from fixup_core.rules.scalars import ScalarBias, ScalarMultiplier
 from fixup_core.rules.scaling import branch_scale
 from fixup_core.rules.standards import HE_NORMAL, ORTHOGONAL, XAVIER_NORMAL, Standard
@@ -103,9 +104,14 @@ class Method:
         """``scalar_bias`` as a module that can be called: the identity where there is none."""
         return self.scalar_bias() or nn.Identity()
 
-    def make_multiplier(self) -> nn.Module:
-        """``scalar_multiplier`` as a module that can be called."""
-        return self.scalar_multiplier() or nn.Identity()
+    def make_residual(self, *, end: nn.Module | None = None, multiplier: bool = True) -> Residual:
+        """Where a branch joins its shortcut.
+
+        Args:
+            end: What ends the branch, behind the multiplier.
+            multiplier: False where the multiplier is part of the branch's last layer.
+        """
+        return Residual(multiplier=self.scalar_multiplier() if multiplier else None, end=end)
 
 
 PAPER = "Zhang, Dauphin, Ma 2019"
