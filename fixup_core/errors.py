@@ -158,7 +158,9 @@ def _causes(error: BaseException | None) -> Iterator[_Cause]:
         kinds = frozenset(kind.__name__ for kind in type(error).__mro__)
         text, loaded = str(error), _loaded_file(error)
         named = getattr(error, "filename2", None) or getattr(error, "filename", None) or loaded
-        loading = loaded is not None and "MemoryError" not in kinds
+        # Of the machine, not of the file: nobody should throw a good checkpoint away for it.
+        machine = kinds & {"MemoryError", "OutOfMemoryError"} or "CUDA" in text
+        loading = loaded is not None and not machine
         yield _Cause(kinds, text, str(named or "the file"), loading, direct)
         if "ProcessRaisedException" in kinds:
             for number, (kind, raised) in enumerate(reversed(RAISED.findall(text))):

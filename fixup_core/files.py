@@ -68,6 +68,7 @@ def whole_file(file: Path | str, *, shared: bool = False) -> Iterator[Path]:
     if target.exists() and not target.is_file():  # /dev/stdout and its like
         yield target
         return
+    target = target.resolve()  # a link stays a link
     temporary = _beside(target, shared)
     try:
         yield temporary
@@ -90,6 +91,7 @@ def whole_folder(folder: Path, *, shared: bool = False) -> Iterator[Path]:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give a folder")
+    folder = folder.resolve()
     temporary = _beside(folder, shared)
     temporary.mkdir()
     try:
@@ -155,7 +157,10 @@ def once(target: Path, build: Callable[[Path], object]) -> bool:
 
 def _beside(target: Path, shared: bool) -> Path:
     """The temporary name, free of what a kill has left there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{target.parent} is not a folder: a file is in the way") from error
     number = f"{os.getpid()}-" if shared else ""
     temporary = target.with_name(f"{PREFIX}{number}{target.name}")
     _remove(temporary)

@@ -6,6 +6,7 @@ repairs what today's fairseq does silently wrong (``fixup_mt.host.repairs``).
 
 import functools
 import sys
+from itertools import pairwise
 
 
 @functools.cache
@@ -21,7 +22,11 @@ def register() -> None:
     repairs.apply()
 
 
-# While `python -m fixup_mt` is starting, argv[0] is "-m": a help text must not wait for fairseq.
-# Its commands register where they need to.
-if sys.argv[:1] != ["-m"]:
+def _starts_command() -> bool:
+    """Whether ``python -m fixup_mt`` is starting: argv[0] is "-m" while Python looks for it."""
+    return sys.argv[:1] == ["-m"] and ("-m", __name__) in pairwise(sys.orig_argv)
+
+
+# A help text must not wait for fairseq; the commands register where they need to.
+if not _starts_command():
     register()

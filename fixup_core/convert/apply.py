@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from fixup_core.convert.attach import (
@@ -56,7 +58,9 @@ def apply_(net: nn.Module, plan: ConversionPlan, method: Method, frozen: bool) -
         )
     if not collect_classifiers(net):
         net.classifier_layers = Declared(  # type: ignore[assignment]
-            layers[layer] for layer in plan.head
+            # The factor of rule 2 is not for a head, nor is the distribution that it scales.
+            replace(layers[layer], standard=None)
+            for layer in plan.head
         )
 
 

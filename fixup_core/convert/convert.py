@@ -19,7 +19,7 @@ from fixup_core.errors import UserError
 from fixup_core.probing import Inputs
 from fixup_core.rules.branches import collect_branches, collect_places
 from fixup_core.rules.init import initialise_
-from fixup_core.rules.methods import METHODS, Method, method_named
+from fixup_core.rules.methods import Method, check_defined, method_named
 from fixup_core.rules.parametrised import plain_weights
 from fixup_core.rules.report import ConversionReport, ConvertedBranch, InitReport
 from fixup_core.rules.scalars import scalars
@@ -86,8 +86,17 @@ def fixup_(
             value (spectral norm's); the network cannot be traced; the method has norms. The network
             is as it was.
     """
-    method = _without_norms(method)
-    _check_arguments(net, example_inputs, keep_norms, calibrate)
+    method = check_defined(
+        method_named(method),
+        "fixup_, which removes norms and leaves what lies outside the branches",
+        lambda one: one.norm is None and one.standard is None,
+    )
+    if any(scalars(net)):
+        raise UserError(
+            f"{type(net).__name__} has Fixup's scalars already: fixup_init_ draws it anew"
+        )
+    if calibrate:
+        _check_calibration(method, example_inputs, keep_norms)
     norm_types = (*NORMS, *norm_types)
     with plain_weights(net) as parametrised:
         if branches is None and not collect_branches(net):
@@ -111,34 +120,17 @@ def fixup_(
     return report
 
 
-def _without_norms(method: str | Method) -> Method:
-    """The record of a method.
-
-    Raises:
-        UserError: ``fixup_`` cannot apply it.
-    """
-
-    def fits(method: Method) -> bool:
-        return method.norm is None and method.standard is None
-
-    chosen = method_named(method)
-    if not fits(chosen):
-        known = ", ".join(m.name for m in METHODS.values() if fits(m))
-        raise UserError(f"fixup_ cannot apply the method {chosen.name!r}; choose one of {known}")
-    return chosen
-
-
-def _check_arguments(
-    net: nn.Module, example_inputs: Inputs | None, keep_norms: bool, calibrate: bool
-) -> None:
-    if any(scalars(net)):
-        raise UserError(
-            f"{type(net).__name__} has Fixup's scalars already: fixup_init_ draws it anew"
-        )
-    if calibrate and (example_inputs is None or keep_norms):
+def _check_calibration(method: Method, example_inputs: Inputs | None, keep_norms: bool) -> None:
+    """Raise ``UserError`` where there is nothing that a batch could set."""
+    if example_inputs is None or keep_norms:
         raise UserError(
             "calibrate=True needs a batch of real data, example_inputs=, and norms to remove "
             "(keep_norms=False)"
+        )
+    if not method.biases or method.multiplier is None:
+        raise UserError(
+            "calibrate=True sets scalar biases and multipliers; the method "
+            f"{method.name!r} lacks one of them"
         )
 
 
@@ -155,7 +147,7 @@ def _report(
 ) -> ConversionReport:
     kept = tuple(row.name for row in init.rows if row.role == "kept")
     names = {id(p): name for name, p in net.named_parameters()}
-    head = [layer.weight for layer in plan.head]
+    head = [layer.weight for layer in plan.head] if method.zero_head else []
     tied = [name for name in head if names[id(net.get_parameter(name))] in kept]
     notes = [f"{name} is an embedding too and cannot be 0: it stays" for name in tied]
     frozen = plan.freezable() if calibrate else ()

@@ -18,7 +18,6 @@ from fixup_core.errors import UserError
 from fixup_core.rules.branches import ResidualBranch, WeightLayer
 from fixup_core.rules.init import draw_zero_heads_, initialise_
 from fixup_core.rules.methods import METHODS, Method
-from fixup_core.rules.residual import Residual
 
 
 class PlainLayer(nn.Sequential):
@@ -39,7 +38,7 @@ class ResidualBlock(nn.Module):
         self.norms = nn.ModuleList(
             nn.BatchNorm1d(width) if method.norm else nn.Identity() for _ in range(2)
         )
-        self.residual = Residual(multiplier=method.make_multiplier())
+        self.residual = method.make_residual()
 
     def residual_branches(self) -> Iterator[ResidualBranch]:
         layers = (WeightLayer(self.fc1, role="fc1"), WeightLayer(self.fc2, role="fc2"))

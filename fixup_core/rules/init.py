@@ -173,7 +173,9 @@ def lsuv_init_(net: nn.Module, *args: Any, generator: Generator | None = None) -
     Returns:
         What was written; the standard deviations are those after the division.
     """
-    return initialise_(net, "lsuv", batch=args, generator=generator)
+    # The registry's method is without norms; a network of one's own may have them.
+    method = replace(method_named("lsuv"), norm="any")
+    return initialise_(net, method, batch=args, generator=generator)
 
 
 def _unit_variance_(net: nn.Module, batch: Any, report: InitReport) -> InitReport:

@@ -8,13 +8,14 @@ take the rest from the record and know no method by its name. To add a method, a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from fixup_core.errors import UserError
 from fixup_core.rules.branches import Place
+from fixup_core.rules.residual import Residual
 from fixup_core.rules.scalars import ScalarBias, ScalarMultiplier
 from fixup_core.rules.scaling import branch_scale
 from fixup_core.rules.standards import HE_NORMAL, ORTHOGONAL, XAVIER_NORMAL, Standard
@@ -103,9 +104,14 @@ class Method:
         """``scalar_bias`` as a module that can be called: the identity where there is none."""
         return self.scalar_bias() or nn.Identity()
 
-    def make_multiplier(self) -> nn.Module:
-        """``scalar_multiplier`` as a module that can be called."""
-        return self.scalar_multiplier() or nn.Identity()
+    def make_residual(self, *, end: nn.Module | None = None, multiplier: bool = True) -> Residual:
+        """Where a branch joins its shortcut.
+
+        Args:
+            end: What ends the branch, behind the multiplier.
+            multiplier: False where the multiplier is part of the branch's last layer.
+        """
+        return Residual(multiplier=self.scalar_multiplier() if multiplier else None, end=end)
 
 
 PAPER = "Zhang, Dauphin, Ma 2019"
@@ -216,24 +222,17 @@ def method_named(name: str | Method) -> Method:
     return METHODS[name]
 
 
-def check_defined(
-    method: Method, nets: str, *, norms: Collection[str], data: bool = True
-) -> Method:
+def check_defined(method: Method, nets: str, defined: Callable[[Method], bool]) -> Method:
     """The method, where it is defined for a kind of network.
 
     Args:
-        method: Of the registry.
+        method: Any.
         nets: The kind, as the message names it: "ResNets".
-        norms: The norms that such a network can have.
-        data: Whether there is a batch when its weights are written.
+        defined: Whether a method is defined for that kind.
 
     Raises:
-        UserError: It is not defined; those that are, are named.
+        UserError: It is not defined; those of the registry that are, are named.
     """
-
-    def defined(one: Method) -> bool:
-        return (one.norm is None or one.norm in norms) and (data or not one.unit_variance)
-
     if not defined(method):
         known = ", ".join(one.name for one in METHODS.values() if defined(one))
         raise UserError(

@@ -40,7 +40,7 @@ def anchored_rate(ratio: float, optimizer: str) -> float:
 
 
 def param_groups(
-    model: nn.Module,
+    net: nn.Module,
     *,
     lr: float,
     scalar_lr_ratio: float = SCALAR_LR_RATIO,
@@ -50,15 +50,15 @@ def param_groups(
     """Two optimiser groups that partition the trainable parameters: weights, then scalars.
 
     Args:
-        model: Its scalars are found by type and should be in the direct form.
+        net: Its scalars are found by type and should be in the direct form.
         lr: Learning rate of the weights.
         scalar_lr_ratio: The scalars learn at ``lr * scalar_lr_ratio``.
         weight_decay: Of the weights.
         scalar_weight_decay: Of the scalars; ``None`` takes ``weight_decay``, as the authors'
             code does.
     """
-    scalar_ids = {id(scalar.weight) for scalar in scalars(model)}
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    scalar_ids = {id(scalar.weight) for scalar in scalars(net)}
+    trainable = [p for p in net.parameters() if p.requires_grad]
     decay = weight_decay if scalar_weight_decay is None else scalar_weight_decay
     return [
         {

@@ -59,10 +59,12 @@ class InitReport:
     def summary(self) -> str:
         """One line: L, the m of the branches, and how many parameters had each role."""
         roles = Counter(row.role for row in self.rows)
-        depths = Counter(row.m for row in self.rows if row.factor == 0.0)
+        depths = Counter({row.branch: row.m for row in self.rows if row.branch}.values())
         branches = ", ".join(f"{n} of m = {m}" for m, n in sorted(depths.items()))
         counts = ", ".join(f"{n} {role}" for role, n in sorted(roles.items()))
-        return f"L = {self.num_branches} residual branches ({branches}); parameters: {counts}"
+        # A method with one distribution for all layers knows no branch.
+        known = f" ({branches})" if branches else ""
+        return f"L = {self.num_branches} residual branches{known}; parameters: {counts}"
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,12 @@ class ConversionReport:
 
     def __str__(self) -> str:
         """A table of the branches, then what else was done."""
-        header = ("branch", "m", "factor", "layers (the last is 0)", "gates")
+        zeros = any(row.factor == 0.0 for row in self.init.rows)
+        header = ("branch", "m", "factor", f"layers{' (the last is 0)' * zeros}", "gates")
         rows = [(b.name, str(b.m), f"{b.factor:.4f}", *_names(b)) for b in self.branches]
         lines = [
             *_table([header, *rows]),
-            f"L = {self.num_branches} residual branches; at 0: {', '.join(self.head) or 'no head'}",
+            f"L = {self.num_branches} residual branches; at 0: {', '.join(self.head) or 'nothing'}",
             f"{len(self.removed)} normalisation layers removed{self._frozen()}, "
             f"{self.scalars} scalars added, {len(self.kept)} parameters kept as they were",
             *(f"note: {note}" for note in self.notes),

@@ -109,14 +109,14 @@ class ScalarMultiplier(Scalar):
         return x * self.value()
 
 
-def scalars(model: nn.Module) -> Iterator[Scalar]:
-    """The scalars of ``model``, found by type."""
-    return (module for module in model.modules() if isinstance(module, Scalar))
+def scalars(net: nn.Module) -> Iterator[Scalar]:
+    """The scalars of ``net``, found by type."""
+    return (module for module in net.modules() if isinstance(module, Scalar))
 
 
-def anchor_scalars_(model: nn.Module, rate: float) -> None:
-    """Put every scalar of ``model`` into the anchored form, values unchanged."""
-    for scalar in scalars(model):
+def anchor_scalars_(net: nn.Module, rate: float) -> None:
+    """Put every scalar of ``net`` into the anchored form, values unchanged."""
+    for scalar in scalars(net):
         scalar.anchor_(rate)
 
 

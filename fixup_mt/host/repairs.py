@@ -323,11 +323,8 @@ def apply() -> None:
     give_numpy_its_old_names()
     log_gradients_where_asked.apply()
     plain = (load_checkpoints_safely.__name__, give_numpy_its_old_names.__name__)
-    on = [*plain, *(r.name for r in REPAIRS if r.apply())]
-    # `python -m fixup_mt` is no fairseq command, and scripts read what it prints.
-    if sys.argv[0] != "-m":
-        text = "repairs of fairseq are on (%s=0 turns them off): %s"
-        logger.info(text, SWITCH, ", ".join(on))
+    on = ", ".join([*plain, *(r.name for r in REPAIRS if r.apply())])
+    logger.info("repairs of fairseq are on (%s=0 turns them off): %s", SWITCH, on)
 
 
 def undo() -> None:

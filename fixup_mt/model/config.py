@@ -120,8 +120,12 @@ class FixupOptions:
         Raises:
             UserError: There is no such method, or it is not defined for Transformers.
         """
-        # fairseq builds a model before it has a batch.
-        return check_defined(method_named(self.method), "Transformers", norms=(), data=False)
+
+        def defined(method: Method) -> bool:
+            # fairseq builds a model before it has a batch.
+            return method.norm is None and not method.unit_variance
+
+        return check_defined(method_named(self.method), "Transformers", defined)
 
     @property
     def precision(self) -> torch.dtype | None:

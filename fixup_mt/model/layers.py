@@ -18,7 +18,7 @@ from fairseq.modules.transformer_layer import (
 )
 from torch import Tensor, nn
 
-from fixup_core import Residual, ResidualBranch, WeightLayer
+from fixup_core import ResidualBranch, WeightLayer
 from fixup_mt.model.attention import FixupAttention
 from fixup_mt.model.linears import ScalarLinear
 
@@ -36,7 +36,7 @@ class _FixupLayer(nn.Module):
         # fairseq's constructor calls the hooks below, which ask for it.
         self.method = cfg.fixup.record
         super().__init__(cfg, *args, **options)
-        self.residual = Residual()
+        self.residual = self.method.make_residual(multiplier=False)
         self.self_attn_layer_norm = self.method.make_bias()
         self.final_layer_norm = self.method.make_bias()
 

@@ -45,8 +45,13 @@ def write(folder: Path, model: Any, task: Any, quantization: str | None = None) 
     specification.save(str(folder))
 
 
-def log_probabilities(folder: Path, source: list[list[str]], target: list[list[str]]) -> Any:
-    """Of each piece of ``target`` and of the sentence's end, in float32."""
+def log_probabilities(
+    folder: Path, source: list[list[str]], target: list[list[str]], model: Any, task: Any
+) -> Any:
+    """Of each piece of ``target`` and of the sentence's end, in float32.
+
+    What was written holds all that is needed: ``model`` and ``task`` are not looked at.
+    """
     import ctranslate2
 
     translator = ctranslate2.Translator(str(folder), compute_type="float32")

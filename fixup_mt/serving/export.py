@@ -11,9 +11,10 @@ it gets its name.
 from __future__ import annotations
 
 import argparse
-import functools
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,28 @@ TOLERANCE = 1e-3
 """Of the log-probability of a piece, in float32."""
 PIECES_CHECKED = 24
 SENTENCEPIECE = "sentencepiece.model"
-FORMATS = ("ctranslate2", "onnx", "fairseq")
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a trained model can be written as.
+
+    Attributes:
+        module: It has ``write(place, model, task)`` and ``log_probabilities(place, source, target,
+            model, task)``, by the engine that runs what was written.
+        whole: Makes the place: ``whole_folder`` or ``whole_file``.
+    """
+
+    module: Any
+    whole: Callable[[Path], AbstractContextManager[Path]] = whole_folder
+
+
+FORMATS = {
+    "ctranslate2": Format(ctranslate2_model),
+    "onnx": Format(onnx_model),
+    "fairseq": Format(state_dict, whole_file),
+}
+"""By name, as ``--format`` takes them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     if args.quantization and args.format != "ctranslate2":
         raise UserError("--quantization belongs to --format ctranslate2")
     if args.sentencepiece:
-        if args.format == "fairseq":
+        if FORMATS[args.format].whole is whole_file:
             raise UserError("--sentencepiece belongs to the formats that are folders")
         check_pieces(args.sentencepiece)
     model, task = load(args.checkpoint, args.data_bin)
@@ -107,16 +129,10 @@ def export(model: Any, task: Any, args: argparse.Namespace) -> None:
     Raises:
         UserError: The log-probabilities differ; nothing is written.
     """
-    whole = whole_file if args.format == "fairseq" else whole_folder
-    with whole(args.output) as place:
-        if args.format == "fairseq":
-            state_dict.write(place, model, task)
-            engine = functools.partial(state_dict.log_probabilities, model=model, task=task)
-        else:
-            module: Any = {"ctranslate2": ctranslate2_model, "onnx": onnx_model}[args.format]
-            module.write(place, model, task)
-            engine = module.log_probabilities
-        off = difference(engine, place, model, task)
+    chosen = FORMATS[args.format]
+    with chosen.whole(args.output) as place:
+        chosen.module.write(place, model, task)
+        off = difference(chosen.module.log_probabilities, place, model, task)
         check_difference(args.format, OUTPUTS, off, TOLERANCE)
         if args.quantization:
             ctranslate2_model.write(place, model, task, args.quantization)
@@ -125,7 +141,7 @@ def export(model: Any, task: Any, args: argparse.Namespace) -> None:
     print(describe_export(args.output, args.format, OUTPUTS, off))
 
 
-def difference(log_probabilities: Callable[..., Any], folder: Path, model: Any, task: Any) -> float:
+def difference(log_probabilities: Callable[..., Any], place: Path, model: Any, task: Any) -> float:
     """The largest difference of a piece's log-probability, the engine's against the model's."""
     generator = torch.Generator().manual_seed(0)
     sides = (task.source_dictionary, task.target_dictionary)
@@ -137,7 +153,7 @@ def difference(log_probabilities: Callable[..., Any], folder: Path, model: Any, 
         for words, rows in zip(sides, (source, target), strict=True)
     ]
     ours = _log_probabilities(model, task.target_dictionary.eos(), source, target)
-    theirs = torch.tensor(log_probabilities(folder, *names))
+    theirs = torch.tensor(log_probabilities(place, *names, model, task))
     return (theirs - ours).abs().max().item()
 
 

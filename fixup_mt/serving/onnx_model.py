@@ -62,8 +62,13 @@ def write(folder: Path, model: Any, task: Any) -> None:
         (folder / f"{side}.txt").write_text(f"{names}\n", encoding="utf-8")
 
 
-def log_probabilities(folder: Path, source: list[list[str]], target: list[list[str]]) -> Any:
-    """Of each piece of ``target`` and of the sentence's end; all sentences of one length."""
+def log_probabilities(
+    folder: Path, source: list[list[str]], target: list[list[str]], model: Any, task: Any
+) -> Any:
+    """Of each piece of ``target`` and of the sentence's end; all sentences of one length.
+
+    What was written holds all that is needed: ``model`` and ``task`` are not looked at.
+    """
     encoder, decoder = (_session(folder / file) for file in FILES)
     names = [(folder / f"{side}.txt").read_text("utf-8").split("\n") for side in SIDES]
     numbers = [{name: i for i, name in enumerate(each)} for each in names]

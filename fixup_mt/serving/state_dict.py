@@ -17,7 +17,7 @@ def write(file: Path, model: Any, task: Any) -> None:
 
 
 def log_probabilities(
-    file: Path, source: list[list[str]], target: list[list[str]], *, model: Any, task: Any
+    file: Path, source: list[list[str]], target: list[list[str]], model: Any, task: Any
 ) -> Any:
     """Of each piece of ``target`` and of the sentence's end; all sentences of one length.
 

@@ -108,6 +108,20 @@ def test_the_faster_of_two_processes_wins(tmp_path: Path) -> None:
     assert _names(folder) == ["others"] and _names(tmp_path) == ["folder"]
 
 
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    write_text(place / "file", "first")
+    file.symlink_to(place / "file")
+    folder.symlink_to(place / "new")
+    write_text(file, "second")
+    with whole_folder(folder) as temporary:
+        (temporary / "part").touch()
+    assert file.is_symlink() and folder.is_symlink()
+    assert (place / "file").read_text() == "second" and _names(place / "new") == ["part"]
+    assert _names(place) == ["file", "new"] and _names(tmp_path) == ["file", "folder", "place"]
+
+
 def test_a_step_is_done_once(tmp_path: Path) -> None:
     done = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,16 +30,31 @@ def _raising(error: BaseException) -> Callable[[], None]:
     return command
 
 
-def _start(*line: object, **options) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextlib.contextmanager
+def _started(
+    *line: object, prepare: Callable[[], object] = lambda: None
+) -> Iterator[subprocess.Popen[str]]:
+    """A command of ours, which is killed if the test leaves it running."""
+
+    def before() -> None:
+        # A shell starts what runs in the background with Ctrl-C ignored, and that is inherited.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        prepare()
+
+    process = subprocess.Popen(
         [sys.executable, "-m", *map(str, line)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
         cwd=ROOT,
-        **options,
+        preexec_fn=before,
     )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def _status(process: subprocess.Popen[str]) -> int:
@@ -61,7 +77,7 @@ def test_a_training_of_images_that_is_stopped(
     number: signal.Signals, status: int, says: str, tmp_path: Path
 ) -> None:
     flags = ("--trainer.max_epochs", "5000", "--trainer.default_root_dir", tmp_path)
-    with _start("vision", "fit", *TINY, *flags) as run:
+    with _started("vision", "fit", *TINY, *flags) as run:
         last = tmp_path / "checkpoints" / "last.ckpt"
         _wait_for(last.exists, run)
         run.send_signal(number)
@@ -77,7 +93,7 @@ def test_a_training_of_translation_that_is_stopped(
     number: signal.Signals, status: int, says: str, data_bin: Path, tmp_path: Path
 ) -> None:
     flags = train_flags(data_bin, tmp_path, "--max-epoch", "5000", "--no-epoch-checkpoints")
-    with _start("fairseq_cli.train", *flags) as run:
+    with _started("fairseq_cli.train", *flags) as run:
         assert run.stdout is not None
         next(line for line in run.stdout if '"num_updates": "2"' in line)
         run.send_signal(number)
@@ -92,7 +108,7 @@ def test_a_reader_that_has_gone_is_no_mistake(tmp_path: Path) -> None:
     log.parent.mkdir(parents=True)
     log.write_text("epoch,step,train/loss\n0,5,1.5\n")
     figure = tmp_path / "figure.png"
-    with _start("vision", "compare", tmp_path, "--output", figure) as process:
+    with _started("vision", "compare", tmp_path, "--output", figure) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         error = process.stderr.read()
@@ -102,9 +118,9 @@ def test_a_reader_that_has_gone_is_no_mistake(tmp_path: Path) -> None:
 def test_a_file_that_grows_too_large_is_a_mistake(trained: Path, tmp_path: Path) -> None:
     limit = (100_000, 100_000)
     checkpoint, output = trained / "checkpoint_last.pt", tmp_path / "new.pt"
-    with _start(
+    with _started(
         *("fixup_mt", "average", "--inputs", checkpoint, "--output", output),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+        prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
     ) as process:
         _, error = process.communicate(timeout=60)
     assert process.returncode == 2 and not list(tmp_path.iterdir())
@@ -139,6 +155,23 @@ def test_a_bug_keeps_its_traceback(error: Exception, capsys: pytest.CaptureFixtu
     with pytest.raises(type(error)):
         run_command(_raising(error))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out of memory"), RuntimeError("CUDA error: an assert")]
+)
+def test_a_device_that_fails_does_not_make_the_file_damaged(
+    error: Exception, tmp_path: Path
+) -> None:
+    def move(storage: object, location: str) -> object:
+        raise error
+
+    def command() -> None:
+        torch.load(tmp_path / "file", map_location=move)
+
+    torch.save(torch.ones(2), tmp_path / "file")
+    with pytest.raises(type(error), match=str(error)):
+        run_command(command)
 
 
 def test_a_file_sought_in_vain_does_not_explain_a_bug() -> None:

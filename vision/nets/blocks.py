@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fixup_core import Method, Residual, ResidualBranch, WeightLayer
+from fixup_core import Method, ResidualBranch, WeightLayer
 from fixup_core.fuse import ops
 from fixup_core.fuse.fold import Floor, floor_of, folded_convolution
 from fixup_core.fuse.ops import ActivationScalars
@@ -58,7 +58,7 @@ class Block(nn.Module):
         self.before_convs = nn.ModuleList(method.make_bias() for _ in shapes)
         inner, end = self.parts(method, shapes)
         self.before_acts = nn.ModuleList(inner)
-        self.residual = Residual(multiplier=method.make_multiplier(), end=end)
+        self.residual = method.make_residual(end=end)
         self.shortcut = make_shortcut(design, inputs, shapes[-1][1], stride)
         self.activation = make_activation(design.activation)
         self.dropout = nn.Dropout(design.dropout)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from fixup_core import METHODS, Method
+from fixup_core import Method
 from fixup_core.errors import UserError
-from fixup_core.rules.methods import method_named
+from fixup_core.rules.methods import check_defined, method_named
 from vision.nets.design import Design
 from vision.nets.highway import HighwayConvNet, HighwayMLP
 from vision.nets.network import Network, write_weights_
@@ -92,11 +92,11 @@ def _highway_conv(depth: int, *, method: Method, **options: Any) -> Network:
 
 
 def _gated(kind: Any, depth: int, method: Method, options: dict[str, Any]) -> Network:
-    if method.needs_branches or method.norm:
-        raise UserError(
-            "a highway network has gates in place of norms and residual branches: "
-            "take method none, xavier or lsuv"
-        )
+    check_defined(
+        method,
+        "highway networks, which have gates in place of norms and residual branches",
+        lambda one: one.norm is None and not one.needs_branches,
+    )
     if depth < 2:
         raise UserError(f"a highway network has at least 2 layers, got {depth}")
     return kind(depth=depth, **options)
@@ -143,7 +143,7 @@ FAMILIES = (
 def build_net(
     name: str,
     *,
-    method: str = "fixup",
+    method: str | Method = "fixup",
     num_classes: int = 10,
     batch: torch.Tensor | None = None,
     **options: Any,
@@ -153,7 +153,7 @@ def build_net(
     Args:
         name: The family and its numbers: ``cifar_resnet<6n+2>``, ``cifar_wrn<6n+4>_<width>``,
             ``imagenet_resnet<18|34|50|101|152>``, ``highway<depth>``, ``highway_conv<depth>``.
-        method: A name in ``METHODS``.
+        method: A name in ``METHODS``, or a record.
         num_classes: Of the classifier.
         batch: Images [B, C, H, W] for a method that looks at data; noise if there are none.
         options: Of the family: ``shortcut``, ``order``, ``activation``, ``dropout``,
@@ -168,7 +168,7 @@ def build_net(
             cannot take.
     """
     net = _built(name, method, num_classes=num_classes, **options)
-    chosen = METHODS[method]
+    chosen = method_named(method)
     if chosen.unit_variance and batch is None:
         channels, size = image_of(name, **options)
         batch = torch.randn(16, channels, size, size)
@@ -176,10 +176,13 @@ def build_net(
     return net
 
 
-def check_net(name: str, *, method: str = "fixup", **options: Any) -> None:
+def check_net(name: str, *, method: str | Method = "fixup", **options: Any) -> None:
     """Raise what ``build_net`` would raise, without memory for weights."""
+    chosen = method_named(method)
     with torch.device("meta"):
-        _built(name, method, num_classes=10, **options)
+        net = _built(name, chosen, num_classes=10, **options)
+        if not chosen.unit_variance:
+            write_weights_(net, chosen)
 
 
 def net_options(name: str) -> tuple[str, ...]:
@@ -193,7 +196,7 @@ def image_of(name: str, **options: Any) -> tuple[int, int]:
     return options.get("in_channels", channels), options.get("image_size", size)
 
 
-def _built(name: str, method: str, **options: Any) -> Network:
+def _built(name: str, method: str | Method, **options: Any) -> Network:
     """The network, its weights not yet written."""
     family, numbers = _parse(name)
     chosen = method_named(method)
@@ -209,7 +212,10 @@ def _check_option(name: str, option: str, value: Any, known: tuple[str, ...]) ->
         raise UserError(f"{name} has no option {option!r}; {hint}")
     kind = OPTION_TYPES[option]
     fits = type(value) is kind or (kind is float and type(value) is int)
-    if not fits and not (kind is tuple and isinstance(value, list)):
+    if kind is tuple:
+        fits = isinstance(value, (list, tuple)) and bool(value)
+        fits = fits and all(type(each) is int for each in value)
+    if not fits:
         raise UserError(f"{name}: the option {option} is {value!r}: give {TYPE_NAMES[kind]}")
 
 

@@ -271,6 +271,9 @@ def _check(design: Design) -> None:
     choose("order", design.order, ORDERS)
     if not 0 <= design.dropout < 1:
         raise UserError(f"dropout is {design.dropout}: take a number from 0 to below 1")
-    check_defined(design.method, "ResNets", norms=NORMS)
-    if design.method.needs_branches and design.shortcut == "none":
-        raise UserError("this method is made of residual branches: a plain network has none")
+    plain, norms = design.shortcut == "none", (None, *NORMS)
+    check_defined(
+        design.method,
+        "plain networks, which have no residual branches" if plain else "ResNets",
+        lambda one: one.norm in norms and not (plain and one.needs_branches),
+    )

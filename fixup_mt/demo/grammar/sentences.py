@@ -52,13 +52,6 @@ INTENTIONS = (
     Pair("hat versprochen", "promised"),
     Pair("hat beschlossen", "decided"),
 )
-ASKED_FOR = (
-    *words.SHOPPING,
-    *words.READING,
-    *words.WRITING,
-    words.EATING[0],
-    words.DRINKING[0],
-)
 ERRANDS = words.DIRECTIONS[:9]
 
 

@@ -114,6 +114,10 @@ def test_a_calibrated_network_is_loaded_and_runs_in_half_precision() -> None:
     [
         ({"branches": {"a": ["fc1", "fc2"]}}, "calibrate=True needs a batch"),
         ({"example_inputs": IMAGES, "keep_norms": True}, "calibrate=True needs a batch"),
+        *(
+            ({"example_inputs": IMAGES, "method": method}, f"{method}' lacks one of them")
+            for method in ("fixup_no_bias", "fixup_no_multiplier", "fixup_rule2")
+        ),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(options: dict[str, Any], message: str) -> None:

@@ -199,6 +199,15 @@ def test_the_report_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "L = 6 residual branches; at 0: head.weight" in str(report)
 
 
+def test_without_rule_1_nothing_is_zero_and_the_report_says_so() -> None:
+    net = PreActivation()
+    report = fixup_(net, example_inputs=IMAGES, method="fixup_rule2", verbose=False)
+    assert "at 0: nothing" in str(report) and "(the last is 0)" not in str(report)
+    head = next(row for row in report.init.rows if row.role == "classifier")
+    assert head.standard == "PyTorch default" and net.get_parameter(head.name).all()
+    assert all(net.get_parameter(name).any() for b in report.branches for name in b.layers)
+
+
 def test_a_compiled_network_declares_its_branches_once() -> None:
     net = PreActivation()
     fixup_(net, example_inputs=IMAGES, verbose=False)

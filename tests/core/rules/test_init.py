@@ -17,8 +17,10 @@ from fixup_core import (
     collect_branches,
     fixup_init_,
     initialise_,
+    lsuv_init_,
     scalars,
 )
+from fixup_core.errors import UserError
 from tests.core.nets import Bottleneck, ConvNet, Mlp, method_of, unit_scale
 
 
@@ -165,6 +167,21 @@ def test_grouped_and_transposed_convolutions_have_their_own_fans() -> None:
     net.up = nn.ConvTranspose2d(4, 6, 2)
     row = next(row for row in fixup_init_(net).rows if row.name == "up.weight")
     assert row.std == pytest.approx(math.sqrt(2 / (6 * 4)))
+
+
+def test_lsuv_takes_a_network_with_norms_but_the_method_without_norms_does_not() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    x = torch.randn(64, 8)
+    with pytest.raises(UserError, match=r"no rule covers .*1\.weight"):
+        initialise_(net, "lsuv", batch=x)
+    lsuv_init_(net, x)
+    for out in (net[0](x), net(x)):
+        assert out.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_the_summary_counts_branches_that_do_not_end_at_zero() -> None:
+    assert "L = 3 residual branches (3 of m = 2);" in initialise_(Mlp(3), "fixup_rule2").summary()
+    assert "L = 3 residual branches;" in initialise_(Mlp(3), "none").summary()
 
 
 def test_the_report_prints_as_a_table() -> None:

@@ -383,7 +383,7 @@ def test_user_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="valid set needs at least 1"):
         write_corpus(tmp_path, valid=0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write the corpus"):
+    with pytest.raises(UserError, match="file is not a folder"):
         write_corpus(tmp_path / "file", train=5, valid=1, test=1)
 
 

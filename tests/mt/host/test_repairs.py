@@ -52,6 +52,25 @@ def test_the_log_says_that_they_are_on(caplog: pytest.LogCaptureFixture, monkeyp
     assert "are off" in caplog.messages[1]
 
 
+def test_a_package_that_imports_the_plugin_may_be_run_as_a_module(tmp_path: Path) -> None:
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("import fixup_mt\n")
+    (package / "train.py").write_text(
+        "from fairseq.models import ARCH_MODEL_REGISTRY\n"
+        "print('transformer_fixup_tiny' in ARCH_MODEL_REGISTRY)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mine.train"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        check=True,
+    )
+    assert done.stdout.strip() == "True"
+
+
 PATCHES = (*repairs.REPAIRS, log_gradients_where_asked)
 
 

@@ -227,16 +227,20 @@ def test_highway_gates_start_by_carrying() -> None:
         ("highway50", {}, "gates in place"),
         ("cifar_resnet20", {"method": "fixpu"}, "there is no method 'fixpu'"),
         ("cifar_resnet20", {"shortcut": "D"}, "shortcut is 'D'; choose one of A, B, C, none"),
-        ("cifar_resnet20", {"shortcut": "none"}, "a plain network has none"),
+        ("cifar_resnet20", {"shortcut": "none"}, "plain networks, which have no residual"),
         ("cifar_resnet20", {"widht": 3}, "has no option 'widht'; did you mean width"),
         ("cifar_resnet20", {"width": "wide"}, "the option width is 'wide': give a whole number"),
         ("cifar_resnet20", {"checkpointing": 1}, "checkpointing is 1: give true or false"),
+        ("highway_conv4", {"widths": ["a"], "method": "none"}, "give a list of whole numbers"),
+        ("highway_conv4", {"widths": [], "method": "none"}, "give a list of whole numbers"),
         ("cifar_wrn10_1", {"method": "zeroinit"}, "no branch of ResNet ends with"),
     ],
 )
 def test_what_cannot_be_built_is_told(name: str, options: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         build_net(name, **options)
+    with pytest.raises(ValueError, match=says):
+        check_net(name, **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.example)
