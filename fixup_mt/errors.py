@@ -107,10 +107,15 @@ def check_options(args: Any) -> None:
     for name in LITERALS:
         text = getattr(args, name, None)
         if isinstance(text, str):
-            try:
-                ast.literal_eval(text)
-            except (SyntaxError, ValueError) as error:
-                raise UserError(f"{_flag(name)} is {text!r}: that is no Python literal") from error
+            check_literal(name, text)
+
+
+def check_literal(name: str, text: str) -> Any:
+    """The value of an option that is a Python literal; anything else is a ``UserError``."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{_flag(name)} is {text!r}: that is no Python literal") from error
 
 
 def _flag(name: str) -> str:
