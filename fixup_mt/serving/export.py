@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq.checkpoint_utils import load_checkpoint_to_cpu, load_model_ensemble_and_task
+from fairseq import checkpoint_utils
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
@@ -107,10 +107,10 @@ def load(
     register()
     if not data_bin.is_dir():
         raise UserError(f"{data_bin} does not exist: give the folder of fairseq-preprocess")
-    task = _task(load_checkpoint_to_cpu(str(checkpoint))["cfg"]["task"], data_bin)
+    task = _task(checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))["cfg"]["task"], data_bin)
     # In float32, whatever it was trained in.
     exact = {"fixup_autocast": "none", "checkpoint_activations": False}
-    models, _, _ = load_model_ensemble_and_task(
+    models, _, _ = checkpoint_utils.load_model_ensemble_and_task(
         [str(checkpoint)], arg_overrides={**(overrides or {}), **exact}, task=task
     )
     return models[0].eval(), task

@@ -222,7 +222,7 @@ verify() {
 
 # --- fairseq -----------------------------------------------------------------------------------
 
-preprocess() { "$PYTHON" -m fairseq_cli.preprocess "$@"; }
+preprocess() { "$PYTHON" -m fairseq_cli.preprocess --user-dir "$USER_DIR" "$@"; }
 
 # train: TRAIN_COMMAND, into $RUN; fairseq itself resumes from checkpoint_last.pt.
 train() {
