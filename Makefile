@@ -1,4 +1,5 @@
-# make demo | make test | make check | make test-slow | make test-gpu | make bench | make setup | make clean
+# make demo | make test | make check | make test-slow | make test-gpu | make campaign | make bench |
+# make setup | make clean
 # On a fresh machine `make demo` and `make test` need nothing before them.
 
 PYTHON ?= python3
@@ -8,9 +9,17 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 STAMP := $(VENV)/.installed
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: setup demo test test-slow test-gpu check bench clean
+LOCK := .setup.lock
 
-setup: $(STAMP)
+.PHONY: setup demo test test-slow test-gpu check bench campaign clean
+
+# One set-up at a time, where the system has flock.
+setup:
+	@if command -v flock >/dev/null; then \
+	    exec 9>$(LOCK); \
+	    flock --nonblock 9 || { echo "== another set-up is running: waiting for it"; flock 9; }; \
+	fi; \
+	$(MAKE) --silent --no-print-directory $(STAMP)
 
 # The stamp is written last: an interrupted set-up is taken up again. fairseq compiles against the
 # torch that is already there, so torch goes first and build isolation is off.
@@ -63,5 +72,13 @@ bench: setup
 	    echo "== benchmark $$name" && $(BIN)/python benchmarks/$$name.py || exit; \
 	done
 
+# Attacks that take minutes: tests/campaign/README.md
+CAMPAIGN := kills writes full_disk broken_files archives bad_lines
+
+campaign: setup
+	@status=0; for name in $(CAMPAIGN); do \
+	    echo "== campaign $$name"; $(BIN)/python -m tests.campaign.$$name || status=1; \
+	done; exit $$status
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOCK) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

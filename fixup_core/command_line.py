@@ -84,6 +84,14 @@ def run_chosen(
     return args.run(args)
 
 
+def speak_utf8() -> None:
+    """Let standard input and output be UTF-8, whatever the locale says."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        if encoding.lower().replace("-", "") != "utf8" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8")
+
+
 def run_command(command: Callable[[], int | None], known: Sequence[Advice] = ()) -> int:
     """Call ``command`` and return the exit status, as the table above has it.
 
@@ -94,6 +102,7 @@ def run_command(command: Callable[[], int | None], known: Sequence[Advice] = ())
     Raises:
         Exception: A bug; it keeps its traceback.
     """
+    speak_utf8()
     with _noting_sigterm() as sigterm:
         try:
             status = command() or 0

@@ -51,6 +51,12 @@ KNOWN: tuple[Advice, ...] = (
     (AssertionError, "world size is .* available devices", "{error}: --distributed-world-size"),
     (FileNotFoundError, "Dataset not found", "{error}: run fairseq-preprocess for this split"),
     (AssertionError, "Source and target must contain", "{error}: prepare the data again"),
+    (AssertionError, "--replace-unk requires", "{error}, or fairseq-interactive"),
+    (
+        Exception,
+        "Incorrect dictionary format|Duplicate word found when loading|Incorrect encoding detected",
+        "a dict.*.txt of the data is damaged ({error}): prepare the data again",
+    ),
     (
         IndexError,
         "index out of range in self",
@@ -89,8 +95,8 @@ LITERALS = ("adam_betas", "model_overrides")
 
 
 def check_options(args: Any) -> None:
-    """Raise ``UserError`` for a parsed option of fairseq's that is out of range or no literal, or
-    that does not act on a CPU.
+    """Raise ``UserError`` for a parsed option of fairseq's that is out of range or no literal, that
+    does not act on a CPU, or that wants another one.
     """
     for name in ("fp16", "amp"):
         if getattr(args, "cpu", False) and getattr(args, name, False):
@@ -98,6 +104,11 @@ def check_options(args: Any) -> None:
                 f"{_flag(name)} wants a GPU: on a CPU use --fixup-autocast bf16, an option of "
                 "the architectures transformer_fixup and transformer_fixup_lm"
             )
+    metric = getattr(args, "best_checkpoint_metric", None)
+    if metric == "bleu" and not getattr(args, "eval_bleu", True):
+        raise UserError("--best-checkpoint-metric bleu wants --eval-bleu, which computes it")
+    if metric == "accuracy" and not getattr(args, "report_accuracy", True):
+        raise UserError("--best-checkpoint-metric accuracy wants --report-accuracy")
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name, None)
         for each in value if isinstance(value, list | tuple) else [value]:
@@ -107,10 +118,15 @@ def check_options(args: Any) -> None:
     for name in LITERALS:
         text = getattr(args, name, None)
         if isinstance(text, str):
-            try:
-                ast.literal_eval(text)
-            except (SyntaxError, ValueError) as error:
-                raise UserError(f"{_flag(name)} is {text!r}: that is no Python literal") from error
+            check_literal(name, text)
+
+
+def check_literal(name: str, text: str) -> Any:
+    """The value of an option that is a Python literal; anything else is a ``UserError``."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{_flag(name)} is {text!r}: that is no Python literal") from error
 
 
 def _flag(name: str) -> str:

@@ -19,6 +19,8 @@ from fixup_mt.errors import UserError
 SPLITS = ("train", "valid", "test")
 TRAIN, VALID, TEST = 24_000, 500, 500
 MAX_MISSES = 2_000
+LARGEST = 2_000_000
+"""Pairs that are made in a minute or two, and held in memory."""
 
 
 def unique_pairs(count: int, *, seed: int) -> list[Pair]:
@@ -75,6 +77,8 @@ def write_corpus(
     for split, size in sizes.items():
         if size < 1:
             raise UserError(f"the {split} set needs at least 1 sentence pair, not {size}")
+    if sum(sizes.values()) > LARGEST:
+        raise UserError(f"the corpus holds {LARGEST:,} sentence pairs at the most: ask for fewer")
     pairs = unique_pairs(sum(sizes.values()), seed=seed)
     for split in reversed(SPLITS):
         part, pairs = pairs[: sizes[split]], pairs[sizes[split] :]

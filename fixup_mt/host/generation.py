@@ -11,7 +11,8 @@ import torch
 from fairseq.data import language_pair_dataset, token_block_dataset
 from torch import Tensor
 
-from fixup_mt.host.patches import arguments, patch
+from fixup_mt.errors import UserError
+from fixup_mt.host.patches import Patch, arguments, patch
 
 _shards: list[tuple[int, int]] = []
 """Number of shards and one's own, of a command that was given them."""
@@ -62,6 +63,40 @@ def number_sentences_within_their_batch(original: Any) -> Any:
     return step
 
 
+@patch("fairseq.utils:load_align_dict", "replace_unk")
+def copy_unknown_words(original: Any) -> Any:
+    """``--replace-unk`` without a file means that words are copied; fairseq then looks for a file
+    called ``"@@ "``.
+    """
+
+    def load_align_dict(replace_unk: str | None) -> Any:
+        return original("" if replace_unk == "@@ " else replace_unk)
+
+    return load_align_dict
+
+
+@patch(
+    "fairseq.checkpoint_utils:load_model_ensemble_and_task",
+    "filenames arg_overrides task strict suffix num_shards state",
+)
+def refuse_weights_that_are_no_numbers(original: Any) -> Any:
+    """With a weight that is NaN, no translation ends, and an assertion about lengths fails."""
+
+    def load_model_ensemble_and_task(*args: Any, **kwargs: Any) -> Any:
+        models, *rest = original(*args, **kwargs)
+        files = arguments(original, *args, **kwargs)["filenames"]
+        for model, file in zip(models, files, strict=False):
+            bad = [n for n, weight in model.named_parameters() if not weight.isfinite().all()]
+            if bad:
+                raise UserError(
+                    f"{file} holds weights that are NaN or infinite ({bad[0]}): take an earlier "
+                    "checkpoint"
+                )
+        return models, *rest
+
+    return load_model_ensemble_and_task
+
+
 def share_out(args: Any) -> None:
     """Remember ``--num-shards`` and ``--shard-id``, which ``fairseq-generate`` takes and ignores:
     each of N jobs translates everything (fairseq's issue 1937). ``batches_of_a_shard`` acts on it.
@@ -97,3 +132,11 @@ def take_numpys_old_names_away() -> None:
     """As fairseq is installed."""
     for module in (language_pair_dataset, token_block_dataset):
         module.np = numpy
+
+
+REPAIRS: tuple[Patch, ...] = (
+    repeat_no_ngram,
+    number_sentences_within_their_batch,
+    copy_unknown_words,
+    refuse_weights_that_are_no_numbers,
+)

@@ -30,14 +30,14 @@ from fairseq.trainer import Trainer
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
+from fixup_core.command_line import speak_utf8
 from fixup_core.files import hold_folder, whole_file
 from fixup_mt.errors import UserError, check_architecture, check_options, install_hook
+from fixup_mt.host import generation, tasks, texts
 from fixup_mt.host.flow_log import log_gradients_where_asked
 from fixup_mt.host.generation import (
     batches_of_a_shard,
     give_numpy_its_old_names,
-    number_sentences_within_their_batch,
-    repeat_no_ngram,
     share_out,
     take_numpys_old_names_away,
 )
@@ -283,6 +283,8 @@ def explain_mistakes(original: Any) -> Any:
         command = input_args is None
         if command:
             install_hook(parser)  # here, and not at import: only fairseq's commands come by
+            speak_utf8()
+            texts.read_interactive_lines()
         line = sys.argv[1:] if command else input_args
         if line:
             # Whoever calls this from Python may pass None for an argument, as argparse allows.
@@ -308,8 +310,9 @@ REPAIRS: tuple[Patch, ...] = (
     find_the_restore_file,
     join_the_ranks_of_torchrun,
     explain_mistakes,
-    repeat_no_ngram,
-    number_sentences_within_their_batch,
+    *generation.REPAIRS,
+    *texts.REPAIRS,
+    *tasks.REPAIRS,
 )
 
 

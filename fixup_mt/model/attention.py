@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fixup_core import ResidualBranch, Scalar, WeightLayer
 from fixup_core.rules.standards import PACKED_XAVIER_UNIFORM
 from fixup_mt.model.beams import apart, appended, is_identity, sentence_order, together
-from fixup_mt.model.linears import ScalarLinear, keep_for_generation
+from fixup_mt.model.linears import Products, ScalarLinear
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class FixupAttention(MultiheadAttention):
         # Differs: the authors multiply after dropout; the two commute.
         last = ScalarLinear(embed_dim, embed_dim, multiplier=multiplier, bias=bias)
         self.out_proj = quant_noise(last, q_noise, qn_block_size)
-        keep_for_generation(self, "kept_packed", "kept_packed_bias")
+        self.kept: Products | None = None
 
     def branch(self, name: str, stack: str) -> ResidualBranch:
         """M = 4: queries, keys, values and the output projection."""
@@ -202,11 +202,9 @@ class FixupAttention(MultiheadAttention):
             self._set_input_buffer(incremental_state, reorder(new_order).buffer())
         return incremental_state
 
-    def make_generation_fast_(self, **options: Any) -> None:
-        """The weights change no more: pack those of self-attention once."""
-        if self.self_attention:
-            with torch.no_grad():
-                self.kept_packed, self.kept_packed_bias = self._packed()
+    def products(self) -> Products | None:
+        """What ``kept`` holds while a batch is decoded: self-attention's weights, packed."""
+        return self._packed() if self.self_attention and self._plain else None
 
     def _project(self, query: Tensor, key: Any, value: Any) -> tuple[Tensor, ...]:
         """Queries, keys and values; by one product, where all come from the same tensor and nobody
@@ -214,17 +212,18 @@ class FixupAttention(MultiheadAttention):
         """
         if not self._packs(query, key, value):
             return self.q_proj(query), self.k_proj(key), self.v_proj(value)
-        kept = self.kept_packed is not None
-        weight, bias = (self.kept_packed, self.kept_packed_bias) if kept else self._packed()
-        return F.linear(query, weight, bias).chunk(3, dim=-1)
+        return F.linear(query, *(self.kept or self._packed())).chunk(3, dim=-1)
 
     def _packs(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> bool:
         if key is not query or value is not query or query.size(2) != self.embed_dim:
             return False
-        plain = all(_plain_linear(p) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return plain and (self.kept_packed is not None or query.numel() >= self.embed_dim**2)
+        return self._plain and (self.kept is not None or query.numel() >= self.embed_dim**2)
 
-    def _packed(self) -> tuple[Tensor, Tensor | None]:
+    @property
+    def _plain(self) -> bool:
+        return all(_plain_linear(p) for p in (self.q_proj, self.k_proj, self.v_proj))
+
+    def _packed(self) -> Products:
         inputs = (self.q_proj, self.k_proj, self.v_proj)
         biases = [p.bias for p in inputs if p.bias is not None]
         return torch.cat([p.weight for p in inputs]), torch.cat(biases) if biases else None

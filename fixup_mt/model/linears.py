@@ -3,13 +3,14 @@
 Shapes: V vocabulary, D width.
 
 The scalars are fused into the weight and the bias vector where a pass over a weight is shorter than
-one over the activations: in training, but not when generating a word at a time. fairseq calls
-``make_generation_fast_`` on its models before it generates: from then on the products are kept.
+one over the activations: in training, but not when generating a word at a time. A batch that is
+decoded step by step computes the products once (``keep_products``).
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from torch.nn import functional as F
 from fixup_core import Scalar, ScalarBias, ScalarMultiplier
 from fixup_core.errors import UserError
 from fixup_core.fuse.ops import value_of
+
+Products = tuple[Tensor, Tensor | None]
+"""A weight and a bias vector."""
+KEPT = "kept"
+"""Key of the products in the state of step-by-step decoding."""
 
 
 class ScalarLinear(nn.Linear):
@@ -51,13 +57,12 @@ class ScalarLinear(nn.Linear):
         self.multiplier = multiplier
         self.before = before
         self.after = after
-        keep_for_generation(self, "kept_weight", "kept_bias")
+        self.kept: Products | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.kept_weight is not None:
-            return F.linear(input, self.kept_weight, self.kept_bias)
-        if self.kept_bias is not None:
-            return F.linear(input, self.weight, self.kept_bias)
+        kept = self.kept
+        if kept is not None:
+            return F.linear(input, *kept)
         if self._passes_over_weight and input.numel() < self.weight.numel():
             return self._by_parts(input)
         return F.linear(input, *self.folded())
@@ -76,12 +81,9 @@ class ScalarLinear(nn.Linear):
             bias = _sum(bias, self.after.value().to(weight.dtype).expand(self.out_features))
         return weight, bias
 
-    def make_generation_fast_(self, **options: Any) -> None:
-        """The weights change no more: compute once what differs from them."""
-        with torch.no_grad():
-            weight, bias = self.folded()
-        self.kept_weight = None if weight is self.weight else weight
-        self.kept_bias = None if bias is self.bias else bias
+    def products(self) -> Products:
+        """What ``kept`` holds while a batch is decoded."""
+        return self.folded()
 
     @property
     def _passes_over_weight(self) -> bool:
@@ -144,19 +146,30 @@ def folded(layer: Any, *slots: nn.Module) -> tuple[Tensor, Tensor]:
     return weight, torch.zeros_like(weight[:, 0]) if bias is None else bias
 
 
-def keep_for_generation(module: nn.Module, *names: str) -> None:
-    """Give ``module`` empty buffers for what it computes once before generating.
+@contextlib.contextmanager
+def keep_products(stack: nn.Module, state: dict[str, Any] | None) -> Iterator[None]:
+    """Let the layers of ``stack`` use what they computed at the first step of a batch.
 
-    They are not part of its state dict, and are emptied when another one is loaded.
+    The products lie in the state of step-by-step decoding and end with it: weights that somebody
+    changes in place (pruning, averaging) count from the next batch on.
+
+    Args:
+        stack: A decoder; its layers that keep anything have ``kept`` and ``products()``.
+        state: Of step-by-step decoding, ``None`` outside it.
     """
-    for name in names:
-        module.register_buffer(name, None, persistent=False)
-    module.register_load_state_dict_post_hook(functools.partial(_empty, names))
-
-
-def _empty(names: tuple[str, ...], module: nn.Module, incompatible_keys: Any) -> None:
-    for name in names:
-        setattr(module, name, None)
+    if state is None or torch.is_grad_enabled():
+        yield
+        return
+    if KEPT not in state:
+        layers: list[Any] = [m for m in stack.modules() if hasattr(m, "products")]
+        state[KEPT] = [(layer, layer.products()) for layer in layers]
+    for layer, products in state[KEPT]:
+        layer.kept = products
+    try:
+        yield
+    finally:
+        for layer, _ in state[KEPT]:
+            layer.kept = None
 
 
 def _sum(bias: Tensor | None, more: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fixup_core import ScalarMultiplier
 from fixup_mt.model.beams import reorder_encoder_out
 from fixup_mt.model.layers import FixupDecoderLayer, FixupEncoderLayer
-from fixup_mt.model.linears import TiedProjection
+from fixup_mt.model.linears import TiedProjection, keep_products
 from fixup_mt.model.vocabulary import VocabularyDigest
 
 
@@ -113,11 +113,20 @@ class FixupDecoder(TransformerDecoderBase):
                 yield tail[-1]
 
     def forward(
-        self, prev_output_tokens: Tensor, *args: Any, **kwargs: Any
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: dict[str, list[Tensor]] | None = None,
+        incremental_state: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """As fairseq's, under autocast when it is asked for; the logits are float32 then."""
-        with precision(self.autocast, prev_output_tokens):
-            x, extra = super().forward(prev_output_tokens, *args, **kwargs)
+        given = (prev_output_tokens, encoder_out, incremental_state)
+        with (
+            precision(self.autocast, prev_output_tokens),
+            keep_products(self, incremental_state),
+        ):
+            x, extra = super().forward(*given, *args, **kwargs)
         return x if self.autocast is None else x.float(), extra
 
 

@@ -26,6 +26,7 @@ FILE_PATTERNS = {
     "epoch": re.compile(r"checkpoint(\d+)\.pt"),
     "update": re.compile(r"checkpoint_\d+_(\d+)\.pt"),
 }
+BEST = re.compile(r"checkpoint\.best_.*\.pt")
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,24 @@ def list_checkpoints(folder: Path, count: int, kind: str) -> list[tuple[int, Pat
     if len(found) < count:
         raise UserError(
             f"{folder} holds {len(found)} {kind} checkpoints but {count} are to be averaged; "
-            "ask for fewer, or train with a larger --keep-last-epochs"
+            + _advice(folder, kind)
         )
     return found
+
+
+def _advice(folder: Path, kind: str) -> str:
+    """What to do about too few checkpoints, by what else the run has kept."""
+    names = [path.name for path in folder.iterdir()]
+    other = next(name for name in FILE_PATTERNS if name != kind)
+    if any(FILE_PATTERNS[other].fullmatch(name) for name in names):
+        return f"ask for fewer, or take the others with --kind {other}"
+    if any(BEST.fullmatch(name) for name in names):
+        return (
+            "those that --keep-best-checkpoints has kept are averaged with --inputs "
+            f"{folder}/checkpoint.best_*.pt"
+        )
+    keep = "--keep-last-epochs" if kind == "epoch" else "--keep-interval-updates"
+    return f"ask for fewer, or train with a larger {keep}"
 
 
 def read_candidate(path: Path, position: int) -> Candidate:

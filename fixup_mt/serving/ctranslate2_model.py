@@ -1,4 +1,4 @@
-"""A Transformer for CTranslate2.
+"""A Transformer for CTranslate2: its ``Translator``, or its ``Generator`` for a language model.
 
 That engine drops a layer's residual silently where it has no norm, so every norm is an RMS norm
 with an epsilon of 2^30 and a gain of its root: the identity, to the last digits of float32.
@@ -6,6 +6,7 @@ with an epsilon of 2^30 and a gain of its root: the identity, to the last digits
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor
 
 from fixup_mt.errors import UserError
-from fixup_mt.serving.fold import PROJECTIONS, fold_transformer, positions
+from fixup_mt.model.model import FixupLanguageModel
+from fixup_mt.serving.fold import PROJECTIONS, fold_transformer, positions, stacks
 
 EPSILON = 2.0**30
+MAX_SOURCE, MAX_TARGET = "max_source_positions", "max_target_positions"
+"""Keys of ``config.json``: how many positions the encoder and the decoder have."""
 ACTIVATIONS = {
     "relu": "RELU",
     "gelu": "GELU",
@@ -32,7 +36,7 @@ def write(folder: Path, model: Any, task: Any, quantization: str | None = None) 
 
     Args:
         folder: Exists.
-        model: A ``transformer_fixup``.
+        model: A ``transformer_fixup`` or ``transformer_fixup_lm``.
         task: It has the dictionaries.
         quantization: Of the weights, as CTranslate2 names it; none: float32.
 
@@ -46,14 +50,20 @@ def write(folder: Path, model: Any, task: Any, quantization: str | None = None) 
 
 
 def log_probabilities(
-    folder: Path, source: list[list[str]], target: list[list[str]], model: Any, task: Any
+    folder: Path, source: list[list[str]] | None, target: list[list[str]], model: Any, task: Any
 ) -> Any:
-    """Of each piece of ``target`` and of the sentence's end, in float32.
+    """Of each piece of ``target`` and of the sentence's end, in float32; a language model has no
+    ``source``.
 
     What was written holds all that is needed: ``model`` and ``task`` are not looked at.
     """
     import ctranslate2
 
+    if source is None:
+        generator = ctranslate2.Generator(str(folder), compute_type="float32")
+        end = json.loads((folder / "config.json").read_text("utf-8"))["eos_token"]
+        rows = [[end, *row, end] for row in target]
+        return [result.log_probs for result in generator.score_batch(rows)]
     translator = ctranslate2.Translator(str(folder), compute_type="float32")
     return [result.log_probs for result in translator.score_batch(source, target)]
 
@@ -61,37 +71,57 @@ def log_probabilities(
 def _specification(model: Any, task: Any) -> Any:
     """CTranslate2's description of the model, with its weights."""
     try:
-        from ctranslate2.specs import TransformerSpec
+        import ctranslate2.specs
         from ctranslate2.specs.common_spec import Activation
     except ModuleNotFoundError as error:
         raise UserError("this wants CTranslate2: pip install ctranslate2") from error
 
     weights = fold_transformer(model)
+    activation = str(model.decoder.cfg.activation_fn)
+    if activation not in ACTIVATIONS:
+        raise UserError(f"CTranslate2 has no activation function {activation}")
+    kind = {
+        "pre_norm": True,
+        "rms_norm": True,
+        "activation": getattr(Activation, ACTIVATIONS[activation]),
+    }
+    if isinstance(model, FixupLanguageModel):
+        spec = _language_model(model, task, ctranslate2.specs, kind)
+    else:
+        spec = _translator(model, task, ctranslate2.specs, kind)
+    for name, stack in stacks(model).items():
+        _set_stack(getattr(spec, name), stack, weights, name)
+        limit = MAX_SOURCE if name == "encoder" else MAX_TARGET
+        spec.config.add_attribute(limit, int(stack.max_positions()))
+    _set_linear(spec.decoder.projection, weights, "decoder.output_projection")
+    spec.config.layer_norm_epsilon = EPSILON
+    spec.validate()
+    return spec
+
+
+def _translator(model: Any, task: Any, specs: Any, kind: dict[str, Any]) -> Any:
     encoder, decoder = model.encoder, model.decoder
     heads = {layer.self_attn.num_heads for layer in (*encoder.layers, *decoder.layers)}
     if len(heads) > 1:
         raise UserError(
             "CTranslate2 wants as many attention heads in the encoder as in the decoder"
         )
-    activation = str(model.cfg.activation_fn)
-    if activation not in ACTIVATIONS:
-        raise UserError(f"CTranslate2 has no activation function {activation}")
-    spec: Any = TransformerSpec.from_config(
-        (len(encoder.layers), len(decoder.layers)),
-        heads.pop(),
-        pre_norm=True,
-        rms_norm=True,
-        activation=getattr(Activation, ACTIVATIONS[activation]),
-    )
-    for name, stack in (("encoder", encoder), ("decoder", decoder)):
-        _set_stack(getattr(spec, name), stack, weights, name)
-    _set_linear(spec.decoder.projection, weights, "decoder.output_projection")
+    layers = (len(encoder.layers), len(decoder.layers))
+    spec: Any = specs.TransformerSpec.from_config(layers, heads.pop(), **kind)
     spec.register_source_vocabulary(_words(task.source_dictionary))
     spec.register_target_vocabulary(_words(task.target_dictionary))
     spec.config.decoder_start_token = spec.config.eos_token
     spec.config.add_source_eos = True
-    spec.config.layer_norm_epsilon = EPSILON
-    spec.validate()
+    return spec
+
+
+def _language_model(model: Any, task: Any, specs: Any, kind: dict[str, Any]) -> Any:
+    layers = model.decoder.layers
+    heads = layers[0].self_attn.num_heads
+    spec: Any = specs.TransformerDecoderModelSpec.from_config(len(layers), heads, **kind)
+    spec.register_vocabulary(_words(task.target_dictionary))
+    # A text begins with the end of the one before it.
+    spec.config.bos_token = spec.config.eos_token
     return spec
 
 
@@ -110,7 +140,7 @@ def _set_stack(spec: Any, stack: Any, weights: dict[str, Tensor], name: str) -> 
         _set_linear(layer.ffn.linear_0, weights, f"{path}.fc1")
         _set_linear(layer.ffn.linear_1, weights, f"{path}.fc2")
         norms += [own.layer_norm, layer.ffn.layer_norm]
-        if name == "decoder":
+        if hasattr(layer, "attention"):
             cross, path = layer.attention, f"{path}.encoder_attn"
             _set_linear(cross.linear[0], weights, f"{path}.q_proj")
             _set_fused(cross.linear[1], weights, path, PROJECTIONS[1:])

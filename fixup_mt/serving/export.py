@@ -1,11 +1,12 @@
 """Write a trained Transformer for other engines, its scalars folded away.
 
 ``--format ctranslate2``: a folder that ``python -m fixup_mt translate`` serves, and any other
-program that uses CTranslate2. ``onnx``: ``encoder.onnx``, ``decoder.onnx`` for one step with its
-cache (``serving/plain.py`` says what goes in and out), and the pieces' names. ``fairseq``: the
-folded weights as a state dict, under the names of fairseq's pre-norm transformer. What is written
-is held against the model's own log-probabilities, in float32, before it may be quantised and before
-it gets its name.
+program that uses CTranslate2; a language model's is for ``ctranslate2.Generator``. ``onnx``:
+``encoder.onnx``, ``decoder.onnx`` for one step with its cache (``serving/plain.py`` says what goes
+in and out), and the pieces' names. ``fairseq``: the folded weights as a state dict, under the names
+of fairseq's pre-norm transformer. What is written is held against the model's own
+log-probabilities, in float32, before it may be quantised and before it gets its name. Weights are
+float32, those of a model trained under ``--fixup-autocast`` too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq.checkpoint_utils import load_checkpoint_to_cpu, load_model_ensemble_and_task
+from fairseq import checkpoint_utils
+from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from fixup_core.files import refuse_existing, whole_file, whole_folder
@@ -30,8 +32,10 @@ from fixup_core.fuse.exports import (
     describe_export,
 )
 from fixup_mt import register
-from fixup_mt.errors import UserError
+from fixup_mt.errors import UserError, check_literal
+from fixup_mt.model.model import FixupLanguageModel
 from fixup_mt.serving import ctranslate2_model, onnx_model, state_dict
+from fixup_mt.serving.fold import stacks
 
 SOURCE = "fairseq-train"
 OUTPUTS = "log-probabilities"
@@ -80,6 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("int8", "int8_float32", "int16", "bfloat16"),
         help="of the weights on disk (ctranslate2 alone; default: float32)",
     )
+    add(
+        "--model-overrides",
+        default="{}",
+        metavar="DICT",
+        help="options other than the checkpoint's, as of fairseq-generate: "
+        "\"{'encoder_layers_to_keep': '0,2', 'decoder_layers_to_keep': '0,2'}\"",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -92,7 +103,10 @@ def run(args: argparse.Namespace) -> None:
         if FORMATS[args.format].whole is whole_file:
             raise UserError("--sentencepiece belongs to the formats that are folders")
         check_pieces(args.sentencepiece)
-    model, task = load(args.checkpoint, args.data_bin)
+    overrides = check_literal("model_overrides", args.model_overrides)
+    if not isinstance(overrides, dict):
+        raise UserError(f"--model-overrides is {args.model_overrides!r}: give a dictionary")
+    model, task = load(args.checkpoint, args.data_bin, overrides)
     export(model, task, args)
 
 
@@ -108,19 +122,38 @@ def check_pieces(file: Path) -> None:
         raise UserError(f"{file} is damaged, or not a model of sentencepiece") from error
 
 
-def load(checkpoint: Path, data_bin: Path) -> tuple[Any, Any]:
-    """The model of a checkpoint, in evaluation mode, and a translation task of its languages."""
+def load(
+    checkpoint: Path, data_bin: Path, overrides: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
+    """The model of a checkpoint, in evaluation mode, and a task of its own kind."""
     register()
     if not data_bin.is_dir():
         raise UserError(f"{data_bin} does not exist: give the folder of fairseq-preprocess")
-    trained = load_checkpoint_to_cpu(str(checkpoint))["cfg"]["task"]
-    languages = {name: trained.get(name) for name in ("source_lang", "target_lang")}
-    config = TranslationConfig(data=str(data_bin), **languages)
-    task = TranslationTask.setup_task(config)
+    task = _task(checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))["cfg"]["task"], data_bin)
     # In float32, whatever it was trained in.
     exact = {"fixup_autocast": "none", "checkpoint_activations": False}
-    models, _, _ = load_model_ensemble_and_task([str(checkpoint)], arg_overrides=exact, task=task)
+    models, _, _ = checkpoint_utils.load_model_ensemble_and_task(
+        [str(checkpoint)], arg_overrides={**(overrides or {}), **exact}, task=task
+    )
     return models[0].eval(), task
+
+
+def _task(trained: Any, data_bin: Path) -> Any:
+    """A task like the checkpoint's, with the dictionaries of ``data_bin``."""
+    # A task that fairseq has not moved to its newer configurations keeps a namespace.
+    options = trained if hasattr(trained, "get") else vars(trained)
+    name = options.get("_name") or options.get("task")
+    if name == "translation":
+        languages = {name: options.get(name) for name in ("source_lang", "target_lang")}
+        return TranslationTask.setup_task(TranslationConfig(data=str(data_bin), **languages))
+    if name == "language_modeling":
+        if (options.get("output_dictionary_size") or -1) > 0:
+            raise UserError("a model with --output-dictionary-size cannot be exported exactly")
+        return LanguageModelingTask.setup_task(LanguageModelingConfig(data=str(data_bin)))
+    raise UserError(
+        f"a model of the task {name} cannot be exported: only those of translation and "
+        "language_modeling can"
+    )
 
 
 def export(model: Any, task: Any, args: argparse.Namespace) -> None:
@@ -129,6 +162,8 @@ def export(model: Any, task: Any, args: argparse.Namespace) -> None:
     Raises:
         UserError: The log-probabilities differ; nothing is written.
     """
+    if args.format != "ctranslate2" and isinstance(model, FixupLanguageModel):
+        raise UserError("a language model is exported with --format ctranslate2 alone")
     chosen = FORMATS[args.format]
     with chosen.whole(args.output) as place:
         chosen.module.write(place, model, task)
@@ -144,17 +179,18 @@ def export(model: Any, task: Any, args: argparse.Namespace) -> None:
 def difference(log_probabilities: Callable[..., Any], place: Path, model: Any, task: Any) -> float:
     """The largest difference of a piece's log-probability, the engine's against the model's."""
     generator = torch.Generator().manual_seed(0)
-    sides = (task.source_dictionary, task.target_dictionary)
-    stacks = (model.encoder, model.decoder)
-    length = min(PIECES_CHECKED, *(int(stack.max_positions()) - 1 for stack in stacks))
-    source, target = (_random_words(words, length, generator) for words in sides)
-    names = [
-        [[words.symbols[i] for i in row] for row in rows]
-        for words, rows in zip(sides, (source, target), strict=True)
-    ]
+    parts = stacks(model)
+    length = min(PIECES_CHECKED, *(int(part.max_positions()) - 1 for part in parts.values()))
+    sides = {"encoder": task.source_dictionary, "decoder": task.target_dictionary}
+    rows = {part: _random_words(sides[part], length, generator) for part in parts}
+    names = {
+        part: [[sides[part].symbols[i] for i in row] for row in numbers]
+        for part, numbers in rows.items()
+    }
+    source, target = rows.get("encoder"), rows["decoder"]
     ours = _log_probabilities(model, task.target_dictionary.eos(), source, target)
-    theirs = torch.tensor(log_probabilities(place, *names, model, task))
-    return (theirs - ours).abs().max().item()
+    theirs = log_probabilities(place, names.get("encoder"), names["decoder"], model, task)
+    return (torch.tensor(theirs) - ours).abs().max().item()
 
 
 def _random_words(dictionary: Any, length: int, generator: torch.Generator) -> list[list[int]]:
@@ -163,13 +199,14 @@ def _random_words(dictionary: Any, length: int, generator: torch.Generator) -> l
 
 
 def _log_probabilities(
-    model: Any, eos: int, source: list[list[int]], target: list[list[int]]
+    model: Any, eos: int, source: list[list[int]] | None, target: list[list[int]]
 ) -> torch.Tensor:
     words = torch.tensor([[*row, eos] for row in target])
+    before = words.roll(1, dims=1)  # a decoder begins with the end of a sentence
     with torch.no_grad():
-        logits, _ = model(
-            torch.tensor([[*row, eos] for row in source]),
-            torch.full((len(source),), len(source[0]) + 1),
-            words.roll(1, dims=1),  # the decoder begins with the end of a sentence
-        )
+        if source is None:
+            logits, _ = model(before)
+        else:
+            tokens = torch.tensor([[*row, eos] for row in source])
+            logits, _ = model(tokens, torch.full((len(source),), tokens.size(1)), before)
         return logits.float().log_softmax(dim=-1).gather(2, words.unsqueeze(2)).squeeze(2)

@@ -1,9 +1,9 @@
 """Transformers without scalars: everything folded into weights and biases, for other engines.
 
-The result is the state dict of fairseq's pre-norm ``transformer`` without its layer norms: the
-same names, a bias vector for every projection. Linear layers fold their own scalars and those of
-the slots before them (``fixup_mt.model.linears``). What ends the encoder goes into the keys and
-values of the cross-attention, what ends the decoder into the output layer.
+The result is the state dict of fairseq's pre-norm ``transformer``, or ``transformer_lm``, without
+its layer norms: the same names, a bias vector for every projection. Linear layers fold their own
+scalars and those of the slots before them (``fixup_mt.model.linears``). What ends the encoder goes
+into the keys and values of the cross-attention, what ends the decoder into the output layer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fixup_core.errors import UserError
 from fixup_mt.model.linears import folded
-from fixup_mt.model.model import FixupTransformerModel
+from fixup_mt.model.model import FixupLanguageModel, FixupTransformerModel
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -24,7 +24,7 @@ def fold_transformer(model: nn.Module) -> dict[str, Tensor]:
     """The weights of ``model`` without scalars, on the CPU, in float32.
 
     Args:
-        model: A ``transformer_fixup``; it is left as it is.
+        model: A ``transformer_fixup`` or ``transformer_fixup_lm``; it is left as it is.
 
     Returns:
         fairseq's names without those of layer norms, and ``decoder.output_projection.bias``.
@@ -36,15 +36,20 @@ def fold_transformer(model: nn.Module) -> dict[str, Tensor]:
     module: Any = model
     result: dict[str, Tensor] = {}
     with torch.no_grad():
-        for name in ("encoder", "decoder"):
-            stack = getattr(module, name)
+        for name, stack in stacks(module).items():
             result[f"{name}.embed_tokens.weight"] = stack.embed_tokens.weight
             for number, layer in enumerate(stack.layers):
-                _fold_layer(result, f"{name}.layers.{number}", layer, module.encoder.layer_norm)
+                memory = module.encoder.layer_norm if hasattr(module, "encoder") else nn.Identity()
+                _fold_layer(result, f"{name}.layers.{number}", layer, memory)
         output, last = module.decoder.output_projection, module.decoder.layer_norm
         _fold(result, "decoder.output_projection", output, last)
     # Copies: a weight that no scalar multiplies is the model's own until here.
     return {name: t.detach().to("cpu", torch.float32, copy=True) for name, t in result.items()}
+
+
+def stacks(model: Any) -> dict[str, Any]:
+    """The encoder, which a language model has not, and the decoder."""
+    return {name: getattr(model, name) for name in ("encoder", "decoder") if hasattr(model, name)}
 
 
 def positions(stack: Any) -> Tensor:
@@ -61,21 +66,23 @@ def positions(stack: Any) -> Tensor:
 
 def check(model: nn.Module) -> None:
     """Raise ``UserError`` unless every part of the model can be folded exactly."""
-    if not isinstance(model, FixupTransformerModel):
+    if not isinstance(model, FixupTransformerModel | FixupLanguageModel):
         raise UserError(
-            f"only transformer_fixup models are folded and exported, not {type(model).__name__}"
+            "only transformer_fixup and transformer_fixup_lm models are folded and exported, not "
+            f"{type(model).__name__}"
         )
     if model.training:
         raise UserError("only a model in evaluation mode is folded: call eval() first")
-    encoder: Any = model.encoder
+    translates = isinstance(model, FixupTransformerModel)
     decoder: Any = model.decoder
-    quantised = encoder.quant_noise is not None or decoder.quant_noise is not None
     refused = {
-        "--quant-noise-pq": quantised,
+        "--quant-noise-pq": any(s.quant_noise is not None for s in stacks(model).values()),
         "--adaptive-softmax-cutoff": decoder.adaptive_softmax is not None,
+        "--adaptive-input or --character-embeddings": type(decoder.embed_tokens)
+        is not nn.Embedding,
         "--decoder-input-dim": decoder.project_in_dim is not None,
         "--decoder-output-dim": decoder.project_out_dim is not None,
-        "--no-cross-attention": any(layer.encoder_attn is None for layer in decoder.layers),
+        "--no-cross-attention": translates and any(not _attends(i) for i in decoder.layers),
         "--cross-self-attention": decoder.cross_self_attention,
     }
     for option, used in refused.items():
@@ -83,11 +90,16 @@ def check(model: nn.Module) -> None:
             raise UserError(f"a model with {option} cannot be exported exactly")
 
 
+def _attends(layer: Any) -> bool:
+    """Whether a decoder's layer has cross-attention."""
+    return getattr(layer, "encoder_attn", None) is not None
+
+
 def _fold_layer(result: dict[str, Tensor], path: str, layer: Any, closing: nn.Module) -> None:
     """``closing`` ends the encoder, before the keys and values of cross-attention."""
     slot = layer.self_attn_layer_norm
     _fold_attention(result, f"{path}.self_attn", layer.self_attn, slot, slot)
-    if hasattr(layer, "encoder_attn"):
+    if _attends(layer):
         slot = layer.encoder_attn_layer_norm
         _fold_attention(result, f"{path}.encoder_attn", layer.encoder_attn, slot, closing)
     _fold(result, f"{path}.fc1", layer.fc1, layer.final_layer_norm)

@@ -179,7 +179,10 @@ lock_folder() {
     mkdir -p "$1" || die "cannot write to $1; choose another folder with --output"
     if command -v flock >/dev/null; then
         exec 9>"$1/.lock"
-        flock 9
+        flock --nonblock 9 || {
+            say "another run is preparing $1: waiting for it"
+            flock 9
+        }
     fi
 }
 
@@ -222,7 +225,7 @@ verify() {
 
 # --- fairseq -----------------------------------------------------------------------------------
 
-preprocess() { "$PYTHON" -m fairseq_cli.preprocess "$@"; }
+preprocess() { "$PYTHON" -m fairseq_cli.preprocess --user-dir "$USER_DIR" "$@"; }
 
 # train: TRAIN_COMMAND, into $RUN; fairseq itself resumes from checkpoint_last.pt.
 train() {
@@ -236,6 +239,8 @@ train() {
 # build_train_command BIN FLAGS...: sets TRAIN_COMMAND. Later flags win, so the user's come last.
 build_train_command() {
     local flag launcher
+    HAS_CUDA=no
+    if has_cuda; then HAS_CUDA=yes; fi
     read -ra launcher <<<"$LAUNCHER"
     TRAIN_COMMAND=("${launcher[@]}" -m fairseq_cli.train)
     for flag in "$@" --user-dir "$USER_DIR" --required-batch-size-multiple 1 \
@@ -247,6 +252,28 @@ build_train_command() {
             TRAIN_COMMAND+=("$flag")
         fi
     done
+}
+
+# Checkpoints that the training is certain not to leave are missed now, not when it is over.
+check_average() {
+    local flag limit
+    for flag in --keep-last-epochs --max-epoch; do
+        limit="$(last_value "$flag" "${TRAIN_COMMAND[@]}")"
+        [[ ! "$limit" =~ ^[1-9][0-9]*$ ]] || ((AVERAGE <= limit)) ||
+            die "--average $AVERAGE checkpoints, but $flag $limit leaves $limit at the most;" \
+                "ask for fewer, or add -- $flag $AVERAGE"
+    done
+}
+
+# last_value FLAG WORDS...: what follows the last FLAG, or nothing.
+last_value() {
+    local flag="$1" found=""
+    shift
+    while (($#)); do
+        [[ "$1" != "$flag" ]] || found="${2:-}"
+        shift
+    done
+    printf '%s' "$found"
 }
 
 # One flag a line, to be read and pasted.
@@ -270,6 +297,8 @@ recipe() {
     OUTPUT="${OUTPUT:-$ROOT/runs/$OUTPUT_NAME}"
     PREPARED="$OUTPUT/data"
     RUN="$OUTPUT/$METHOD-seed$SEED"
+    build_train_command "$PREPARED/bin" "${COMMON_FLAGS[@]}" "${METHOD_FLAGS[@]}"
+    check_average
     if [[ "$DRY_RUN" == no ]]; then
         need_tools gzip tar tee
         need_modules torch fairseq sacrebleu "${MODULES[@]}"
@@ -278,16 +307,13 @@ recipe() {
         unlock_folder
         [[ "$PREPARE_ONLY" == no ]] || exit 0
     fi
-    run_training "$PREPARED/bin" "${COMMON_FLAGS[@]}" "${METHOD_FLAGS[@]}"
+    run_training
     set_evaluate_flags
     evaluate --data-bin "$PREPARED/bin" "${EVALUATE_FLAGS[@]}"
 }
 
-# run_training BIN FLAGS...: train, then average the window that is best on the validation set.
+# run_training: TRAIN_COMMAND, then average the window that is best on the validation set.
 run_training() {
-    HAS_CUDA=no
-    if has_cuda; then HAS_CUDA=yes; fi
-    build_train_command "$@"
     if [[ "$DRY_RUN" == yes ]]; then
         print_train_command
         exit 0

@@ -42,10 +42,10 @@ Pairs = list[tuple[str, str]]
 
 
 def read_lines(path: Path) -> list[str]:
-    """Only the newline ends a line: str.splitlines would also cut at U+2028 and its like."""
+    """Only the newline ends a line: files read as text end one at a lone carriage return, too."""
     if not path.is_file():
         raise SystemExit(f"error: {path} is missing; give the complete de-en folder or archive")
-    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    return path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -17,8 +17,8 @@ SPLITS = {"train": "train", "val": "valid", "test_2016_flickr": "test"}
 
 
 def read_lines(path: Path) -> list[str]:
-    """Only the newline ends a line: str.splitlines would also cut at U+2028 and its like."""
-    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    """Only the newline ends a line: files read as text end one at a lone carriage return, too."""
+    return path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
 
 
 def check_parallel(raw: Path) -> None:

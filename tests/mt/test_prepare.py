@@ -174,6 +174,13 @@ def test_multi30k_pieces_spell_the_text(tmp_path: Path) -> None:
         module.learn_pieces(raw, out, 99999)
 
 
+@pytest.mark.parametrize("name", ["prepare_multi30k", "prepare_iwslt14"])
+def test_the_newline_alone_ends_a_line(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("sacremoses")
+    (tmp_path / "text").write_bytes("a\rb\u2028c\nd\r\n\n".encode())
+    assert load(name).read_lines(tmp_path / "text") == ["a\rb\u2028c", "d\r", ""]
+
+
 def test_step_is_done_once_and_again_for_another_key(tmp_path: Path) -> None:
     script = 'log() { echo "$1" >>"$OUTPUT/log"; }; step "$OUTPUT" one "$2" log one; '
     script += 'step "$OUTPUT" two fixed log two'

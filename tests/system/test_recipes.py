@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "mt"
+ROOT = RECIPES.parents[1]
 TRAINING = ["multi30k.sh", "iwslt14_de_en.sh", "wmt16_en_de.sh"]
 RUNNABLE = [*TRAINING, "evaluate.sh"]
 SCRIPTS = [*RUNNABLE, "lib.sh"]
@@ -119,6 +120,41 @@ def test_dry_run_prints_the_training_command(name: str, method: str, tmp_path: P
     # The user's flag comes after the recipe's, so that it wins.
     assert command.rindex("--lr 0.7") > command.index("--lr 0.0")
     assert not output.exists()
+
+
+@pytest.mark.parametrize("flag", ["--keep-last-epochs", "--max-epoch"])
+def test_more_checkpoints_than_are_left_are_missed_at_the_start(flag: str, tmp_path: Path) -> None:
+    words = ("--output", tmp_path / "out", "--average", 3, "--dry-run", "--", flag)
+    assert f"but {flag} 2 leaves 2 at the most" in error_line(run("multi30k.sh", *words, 2))
+    assert run("multi30k.sh", *words, 3).returncode == 0
+
+
+FAKE = """#!/bin/sh
+# Stands for the python that sets up: it makes the environment, of which it is the python, too.
+echo "$@" >>log
+sleep 0.3
+[ "$2" != venv ] || { mkdir -p .venv/bin && cp "$0" .venv/bin/python; }
+"""
+
+
+def test_two_set_ups_at_once_are_one(tmp_path: Path) -> None:
+    for tool in ("make", "flock"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "python"
+    python.write_text(FAKE)
+    python.chmod(0o755)
+    line = ["make", "setup", f"PYTHON={python}"]
+    started = [
+        subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [process.communicate(timeout=60)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert sum("another set-up is running" in text for text in said) == 1
+    assert sum("== 1/3 torch" in text for text in said) == 1
+    assert (tmp_path / "log").read_text().count("pip install") == 3
 
 
 def test_missing_modules_are_named(tmp_path: Path) -> None:

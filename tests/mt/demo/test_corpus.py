@@ -391,3 +391,10 @@ def test_too_many_sentences_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("fixup_mt.demo.corpus.draw_sentence", lambda draw: Pair("Ja.", "Yes."))
     with pytest.raises(UserError, match="ask for fewer"):
         unique_pairs(2, seed=1)
+
+
+def test_more_pairs_than_can_be_made_are_refused_at_once(tmp_path: Path, monkeypatch) -> None:
+    begins = "fixup_mt.demo.corpus.unique_pairs"
+    monkeypatch.setattr(begins, lambda *_, **__: pytest.fail("it begins"))
+    with pytest.raises(UserError, match="2,000,000 sentence pairs at the most"):
+        write_corpus(tmp_path, train=100_000_000)

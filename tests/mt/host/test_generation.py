@@ -138,3 +138,16 @@ def test_a_language_model_is_evaluated_and_used_sentence_by_sentence(
     assert "Perplexity" in scored.stdout + scored.stderr
     spoken = fairseq("interactive", data_bin, *path, *task, "--beam", 2, input="w1 w2 w3\n")
     assert [line for line in spoken.stdout.splitlines() if line.startswith("H-0")]
+
+
+def test_weights_that_are_no_numbers_are_told(
+    trained: Path, data_bin: Path, tmp_path: Path
+) -> None:
+    state = torch.load(trained / "checkpoint_best.pt", weights_only=True)
+    state["model"]["decoder.layers.0.fc1.weight"][0, 0] = math.nan
+    torch.save(state, tmp_path / "nan.pt")
+    flags = ("--user-dir", "fixup_mt", "--cpu", "--path", tmp_path / "nan.pt")
+    done = fairseq("generate", data_bin, *flags, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    says = f"error: {tmp_path}/nan.pt holds weights that are NaN or infinite (decoder.layers.0.fc1"
+    assert done.stderr.splitlines()[-1].startswith(says)

@@ -14,6 +14,7 @@ from torch import nn
 
 from fixup_mt.model.attention import FixupAttention, KeyValueCache
 from fixup_mt.model.beams import apart, appended, sentence_order, together
+from fixup_mt.model.linears import KEPT
 from tests.mt.helpers import WORDS, batch, build, dictionary, trained
 
 
@@ -185,24 +186,51 @@ def test_sentences_stay_while_their_hypotheses_change_places() -> None:
     assert torch.equal(parted.values, cache.values[[0, 1, 0, 0]]) and parted.group == 1
 
 
-def test_kept_products_change_neither_output_nor_state_dict() -> None:
+def _steps(model: Any, tokens: torch.Tensor, encoder_out: Any) -> tuple[torch.Tensor, dict]:
+    """Logits of every step of one decoding, and its state."""
+    state: dict[str, Any] = {}
+    with torch.no_grad():
+        steps = [
+            model.decoder(tokens[:, :end], encoder_out=encoder_out, incremental_state=state)[0]
+            for end in range(1, tokens.size(1) + 1)
+        ]
+    return torch.cat(steps, dim=1), state
+
+
+def test_products_are_kept_while_a_batch_is_decoded_and_no_longer() -> None:
     model, inputs = trained(build()).double(), batch()
-    ready = _ready(model)
-    assert ready.state_dict().keys() == model.state_dict().keys()
-    kept = [name for name, _ in ready.named_buffers() if "kept_" in name]
-    # The packed weight of self-attention; a last weight for each branch, two biases for each ffn.
-    encoder, decoder = len(ready.encoder.layers), len(ready.decoder.layers)
-    assert len(kept) == (1 + 2 + 2) * encoder + (1 + 3 + 2) * decoder
     for layer in model.decoder.layers:
-        layer.need_attn = False
-    # Attention weights that are asked for, those of the last layer, have a softmax in float32.
-    torch.testing.assert_close(ready(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-5)
+        layer.need_attn = False  # weights that are asked for have a softmax in float32
+    tokens = inputs.pop("prev_output_tokens")
+    with torch.no_grad():
+        encoder_out = model.encoder(**inputs)
+        whole, _ = model.decoder(tokens, encoder_out=encoder_out)
+    logits, state = _steps(model, tokens, encoder_out)
+    real = tokens.ne(1)
+    torch.testing.assert_close(logits[real], whole[real])
+    # Self-attention's packed weight; the last layer of each branch; the first of the ffn.
+    products = [products for _, products in state[KEPT] if products is not None]
+    assert len(products) == 5 * len(model.decoder.layers)
+    assert all(layer.kept is None for layer, _ in state[KEPT])
 
 
-def test_loading_weights_empties_what_was_kept() -> None:
-    ready, other = _ready(trained(build(), 1).double()), trained(build(), 2).double()
-    ready.load_state_dict(other.state_dict())
-    torch.testing.assert_close(ready(**batch())[0], other(**batch())[0])
+@pytest.mark.parametrize("through", ["data", "no_grad"])
+def test_weights_that_are_changed_in_place_count_at_once(through: str) -> None:
+    """Pruning, quantising and averages write into the weights of a model that is in use."""
+    model, inputs = _ready(trained(build()).double()), batch()
+    tokens = inputs.pop("prev_output_tokens")
+    before, _ = _steps(model, tokens, model.encoder(**inputs))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "out_proj.weight" in name or "fc2.weight" in name or "multiplier" in name:
+                place = parameter.data if through == "data" else parameter
+                place.zero_()
+    new = copy.deepcopy(model)
+    after, _ = _steps(model, tokens, model.encoder(**inputs))
+    expected, _ = new.decoder(tokens, encoder_out=new.encoder(**inputs))
+    real = tokens.ne(1)
+    torch.testing.assert_close(after[real], expected[real], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(after[real], before[real], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no-vectors", "vectors"])
@@ -222,7 +250,7 @@ def test_one_product_for_queries_keys_and_values(rows: int, bias: bool) -> None:
     torch.testing.assert_close(packed, plain)
     for one, two in zip(*(_gradients(attention, x, out) for out in (packed, plain)), strict=True):
         torch.testing.assert_close(one, two)
-    attention.make_generation_fast_()
+    attention.kept = attention.products()
     kept, _ = attention(x, x, x, need_weights=False)
     torch.testing.assert_close(kept, plain)
 

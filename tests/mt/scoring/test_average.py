@@ -159,6 +159,20 @@ def test_too_few_or_unvalidated_checkpoints_are_refused(tmp_path: Path) -> None:
         average.best_window(tmp_path / "nowhere", 1)
 
 
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ("checkpoint.best_loss_2.1.pt", r"--inputs .*/checkpoint\.best_\*\.pt"),
+        ("checkpoint_3_500.pt", "--kind update"),
+        ("checkpoint_last.pt", "larger --keep-last-epochs"),
+    ],
+)
+def test_the_advice_goes_by_what_the_run_has_kept(other: str, says: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / other, random_model(0))
+    with pytest.raises(UserError, match=f"holds 0 epoch checkpoints but 2.*{says}"):
+        average.last_checkpoints(tmp_path, 2)
+
+
 def test_command_writes_the_mean_of_the_best_window(tmp_path: Path) -> None:
     write_run(tmp_path, [3.0, 1.0, 1.0])
     output = tmp_path / "new" / "averaged.pt"

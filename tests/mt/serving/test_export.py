@@ -196,9 +196,49 @@ def test_a_model_in_training_is_refused() -> None:
         fold_transformer(build())
 
 
-def test_a_language_model_is_refused() -> None:
-    with pytest.raises(UserError, match="only transformer_fixup models are folded and exported"):
-        fold_transformer(build_lm())
+LANGUAGE_MODELS = {
+    "tiny": {},
+    "untied": {"share_decoder_input_output_embed": False},
+    "learned positions": {"decoder_learned_pos": True},
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_a_language_model_is_one_for_the_engines_generator(name: str, tmp_path: Path) -> None:
+    import ctranslate2
+
+    model = trained(build_lm(**LANGUAGE_MODELS[name]))
+    sides, folder = task(), tmp_path / "out"
+    export.export(model, sides, _arguments(folder))
+    assert export.difference(ctranslate2_model.log_probabilities, folder, model, sides) < 2e-4
+    generator = ctranslate2.Generator(str(folder))
+    found = generator.generate_batch([["</s>"]], max_length=5, include_prompt_in_result=False)
+    best, tokens = [], torch.tensor([[2]])
+    with torch.no_grad():
+        for _ in range(5):
+            best.append(int(model(tokens)[0][0, -1].argmax()))
+            tokens = torch.tensor([[2, *best]])
+    expected = [sides.target_dictionary.symbols[i] for i in best]
+    assert found[0].sequences[0] == expected[: len(found[0].sequences[0])] and expected
+
+
+def test_what_a_language_model_cannot_be_is_said(tmp_path: Path, capsys) -> None:
+    model = build_lm().eval()
+    for form in ("onnx", "fairseq"):
+        with pytest.raises(UserError, match="a language model is exported with --format ctrans"):
+            export.export(model, task(), _arguments(tmp_path / "x", format=form))
+    characters = build_lm(character_embeddings=True).eval()
+    with pytest.raises(UserError, match="--character-embeddings cannot be exported exactly"):
+        fold_transformer(characters)
+    export.export(model, task(), _arguments(tmp_path / "lm"))
+    assert main(["translate", "--model", str(tmp_path / "lm")]) == 2
+    assert "holds a language model, which does not translate" in capsys.readouterr().err
+
+
+def test_a_model_of_another_task_is_refused_by_name(data_bin: Path) -> None:
+    legacy = SimpleNamespace(task="translation_multi_simple_epoch")
+    with pytest.raises(UserError, match="of the task translation_multi_simple_epoch cannot be"):
+        export._task(legacy, data_bin)
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +249,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _translate(monkeypatch, capsys, text: bytes, *flags: object) -> tuple[int, list[str], str]:
+    """Status, lines and errors of ``translate`` with ``text`` at standard input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="ascii"))
+    status = main(["translate", *map(str, flags)])
+    said = capsys.readouterr()
+    return status, said.out.split("\n")[:-1], said.err
+
+
 def test_lines_come_out_as_they_went_in(served: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     lines = ["s1 s2 s3", "", "s4", "s5 unheard-of s6 s7"]
     (tmp_path / "in").write_text("\n".join(lines) + "\n")
@@ -217,9 +265,93 @@ def test_lines_come_out_as_they_went_in(served: Path, tmp_path: Path, monkeypatc
     assert main([*line, "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]) == 0
     found = (tmp_path / "out").read_text().splitlines()
     assert len(found) == 4 and found[1] == "" and all(found[i] for i in (0, 2, 3))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(reversed(lines))))
-    assert main(line) == 0
-    assert capsys.readouterr().out.splitlines() == found[::-1]
+    text = "\n".join(reversed(lines)).encode()
+    _, out, _ = _translate(monkeypatch, capsys, text, *line[1:])
+    assert out == found[::-1]
+
+
+@pytest.mark.parametrize("place", ["file", "stdin"])
+def test_the_newline_alone_ends_a_line(
+    place: str, served: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    text = "s1 s2\rs3 s4\u2028s5\ns6 s7\r\n".encode()
+    (tmp_path / "in").write_bytes(text)
+    flags = ("--model", served, *(("--input", tmp_path / "in") if place == "file" else ()))
+    status, out, _ = _translate(monkeypatch, capsys, text, *flags)
+    plain = _translate(monkeypatch, capsys, b"s1 s2 s3 s4 s5\ns6 s7\n", "--model", served)
+    assert status == 0 and len(out) == 2 and out == plain[1]
+
+
+def test_a_line_that_cannot_be_translated_is_named_and_the_others_are(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    sides = SIDES
+    model = trained(build(on=sides, encoder_learned_pos=True, max_source_positions=9))
+    export.export(model, sides, _arguments(tmp_path / "model"))
+    flags = ("--model", tmp_path / "model", "--max-length", "7")
+    capsys.readouterr()
+    good = _translate(monkeypatch, capsys, b"s1 s2\n" + b"s4 " * 8 + b"\ns3\n", *flags)
+    assert good[0] == 0 and all(good[1])
+    text = b"s1 s2\n\xff s4\n" + b"s4 " * 8 + b"\n" + b"s4 " * 9 + b"\ns3\n"
+    status, out, error = _translate(monkeypatch, capsys, text, *flags)
+    assert status == 2 and out == [good[1][0], "", good[1][1], "", good[1][2]]
+    says = "left empty: line 2 (no UTF-8 text), line 4 (9 pieces; the model takes 8)"
+    assert says in error and "Traceback" not in error
+
+
+def test_no_piece_of_a_long_line_is_dropped_without_a_word(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """The engine takes 1,024 pieces of a line, and says nothing of the others."""
+    model = trained(build(on=SIDES, max_source_positions=1400, max_target_positions=6))
+    export.export(model, SIDES, _arguments(tmp_path / "model"))
+    flags = ("--model", tmp_path / "model", "--beam", "1")
+    long = b"s1 s2 s3 " * 400
+    seen: list[dict] = []
+    engine = translate.load(translate_args(tmp_path / "model"))
+    whole, cut, left_out = (
+        engine.score_batch([words], [["t1"]], **options)[0].log_probs
+        for words, options in (
+            (long.decode().split(), {"max_input_length": 0}),
+            (long.decode().split()[:1023], {"max_input_length": 0}),
+            (long.decode().split(), {}),
+        )
+    )
+    assert left_out == cut != whole
+    capsys.readouterr()
+    monkeypatch.setattr(translate, "load", lambda args: _Watched(engine, seen))
+    assert _translate(monkeypatch, capsys, long + b"\n", *flags)[0] == 0
+    assert seen[0]["max_input_length"] == 0 and len(seen[0]["source"][0]) == 1200
+    assert seen[0]["max_decoding_length"] == 5, "no more than the decoder has positions for"
+    status, out, error = _translate(monkeypatch, capsys, long * 2 + b"\ns1\n", *flags)
+    assert status == 2 and out[0] == "" and out[1]
+    assert "line 1 (2400 pieces; the model takes 1399)" in error
+
+
+class _Watched:
+    def __init__(self, engine, seen: list[dict]) -> None:
+        self.engine, self.seen = engine, seen
+
+    def translate_batch(self, source, **options):
+        self.seen.append({"source": source, **options})
+        return self.engine.translate_batch(source, **options)
+
+
+def translate_args(model: Path) -> SimpleNamespace:
+    return SimpleNamespace(model=model, device="cpu", compute_type="default", threads=1)
+
+
+def test_a_translation_that_was_stopped_is_named(served: Path, monkeypatch, capsys) -> None:
+    text = b"s1 s2 s3\ns4 s5\n"
+    status, out, error = _translate(monkeypatch, capsys, text, "--model", served, "--max-length", 1)
+    assert status == 0 and all(len(line.split()) == 1 for line in out)
+    assert "stopped at 1 pieces (see --max-length): line 1, line 2" in error
+
+
+def test_a_closed_stdin_is_one_line(served: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["translate", "--model", str(served)]) == 2
+    assert capsys.readouterr().err == "error: stdin is closed: give --input FILE\n"
 
 
 @pytest.mark.parametrize(
@@ -229,6 +361,7 @@ def test_lines_come_out_as_they_went_in(served: Path, tmp_path: Path, monkeypatc
         (["--input", "nothing.txt"], "nothing.txt does not exist"),
         (["--compute-type", "int3"], "CTranslate2 cannot load"),
         (["--beam", "0"], "--beam must be at least 1"),
+        (["--threads", "-1"], "--threads must be at least 0"),
         (["--input", "same", "--output", "same"], "--output same would overwrite the input"),
     ],
 )
@@ -249,13 +382,22 @@ def test_a_trained_checkpoint_is_exported_by_the_command(
     capsys.readouterr()
     assert main([*line, "--output", str(tmp_path / "plain.pt"), "--format", "fairseq"]) == 0
     assert "the log-probabilities of fairseq differ by" in capsys.readouterr().out
+    kept = "{'encoder_layers_to_keep': '1', 'decoder_layers_to_keep': '0'}"
+    pruned = ["--format", "fairseq", "--model-overrides", kept]
+    assert main([*line, "--output", str(tmp_path / "one.pt"), *pruned]) == 0
+    capsys.readouterr()
+    state = torch.load(tmp_path / "one.pt", weights_only=True)["model"]
+    assert not any(name.startswith("encoder.layers.1.") for name in state)
     state = torch.load(tmp_path / "plain.pt", weights_only=True)["model"]
+    assert any(name.startswith("encoder.layers.1.") for name in state)
     assert "decoder.layers.0.encoder_attn.k_proj.bias" in state
     for flags, says in (
         (["--output", str(tmp_path / "ct2")], "exists: give another --output, or add --overwrite"),
         (["--output", "x", "--checkpoint", "no.pt"], "no.pt does not exist"),
         (["--output", "x", "--data-bin", "no"], "no does not exist"),
         (["--output", "x", "--format", "fairseq", "--quantization", "int8"], "belongs to --format"),
+        (["--output", "x", "--model-overrides", "{bad"], "'{bad': that is no Python literal"),
+        (["--output", "x", "--model-overrides", "3"], "'3': give a dictionary"),
     ):
         assert main([*line, *flags]) == 2
         assert says in capsys.readouterr().err
