@@ -16,6 +16,7 @@ KNOWN: tuple[Advice, ...] = (
         "onnx",
         "exporting wants more packages: pip install onnx onnxruntime onnxscript",
     ),
+    (ModuleNotFoundError, "", "{error}: install the package, or choose something else"),
     (
         KeyError,
         r"^'?(\d+|pytorch-lightning_version|state_dict|hyper_parameters)'?$",
