@@ -39,6 +39,10 @@ from vision.training.resuming import SameOptions
 NEEDLESS = (
     # A run that goes on writes into the folder it has.
     "Checkpoint directory .* exists and is not empty",
+    # Scores of a run's checkpoint in another folder.
+    "The dirpath has changed from",
+    # What --model.freeze asks for.
+    r"Found .* module\(s\) in eval mode",
     # Nothing a user could mend.
     ".*is not supported by the model summary",
     ".*LeafSpec.* is deprecated",
@@ -185,7 +189,9 @@ def _callbacks(folder: Path, options: Any) -> list[Any]:
     if options.trainer.logger is not False:
         found.append(LearningRateMonitor("epoch"))
     if options.trainer.enable_checkpointing is not False:
-        found += checkpoint_callbacks(folder, options.get("checkpoint_every", 0))
+        validates = options.trainer.limit_val_batches != 0
+        every = options.get("checkpoint_every", 0)
+        found += checkpoint_callbacks(folder, every, validates=validates)
     return found
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from fixup_core.errors import UserError
+from fixup_core.errors import UserError, explain
 from tests.vision.conftest import Tree, on_digits, on_tree, rows, run
 from vision.training.lit_classifier import LitClassifier, load_classifier
 
@@ -24,25 +24,27 @@ def _accuracy(cli) -> float:
     return cli.trainer.callback_metrics["test/accuracy"].item()
 
 
-LEARNS = ("--trainer.max_epochs", "20", "--model.schedule", "cosine", "--data.flip", "false")
+LEARNS = ("--trainer.max_epochs", "30", "--model.schedule", "cosine", "--model.lr", "0.03")
 
 
 def test_a_test_set_that_lacks_a_class_is_scored_by_name(tree: Tree, tmp_path: Path) -> None:
     data = tree(train="abc", test="abc")
     run("fit", tmp_path / "run", *on_tree(data), *LEARNS)
-    assert _accuracy(run("test", tmp_path / "run", *on_tree(data))) == 1.0
+    line = (*on_tree(data), "--ckpt_path", "last")
+    assert _accuracy(run("test", tmp_path / "run", *line)) == 1.0
     assert _saved(tmp_path / "run")["classes"] == ["a", "b", "c"]
     shutil.rmtree(data / "test" / "a")
-    assert _accuracy(run("test", tmp_path / "run", *on_tree(data))) == 1.0
+    assert _accuracy(run("test", tmp_path / "run", *line)) == 1.0
     (data / "test" / "b").rename(data / "test" / "d")
     with pytest.raises(UserError, match=r"the training set does not have \(d\); it has 3: a, b, c"):
-        run("test", tmp_path / "run", *on_tree(data))
+        run("test", tmp_path / "run", *line)
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_folder_without_labels_is_predicted_into_a_new_folder(tree: Tree, tmp_path: Path) -> None:
     data, photos = tree(train="abc", test="abc"), tree("photos", x="ac")
     run("fit", tmp_path / "run", *on_tree(data), *LEARNS)
-    checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     line = ("--data", "CIFAR10", "--data.root", str(photos), "--trainer.accelerator", "cpu")
     run("predict", tmp_path / "new", *line, "--ckpt_path", str(checkpoint))
     table = rows(tmp_path / "new" / "predictions.csv")
@@ -56,7 +58,7 @@ def test_a_saved_configuration_starts_a_training_of_its_own(tmp_path: Path) -> N
     run("fit", tmp_path / "run", *on_digits())
     run("fit", tmp_path / "run", *on_digits("--trainer.max_epochs", "2"), "--ckpt_path", "last")
     config = tmp_path / "run" / "config.yaml"
-    assert yaml.safe_load(config.read_text())["ckpt_path"] is None
+    assert yaml.safe_load(config.read_text()).get("ckpt_path") is None
     run("fit", tmp_path / "new", "--config", str(config))
     assert _saved(tmp_path / "new")["global_step"] == _saved(tmp_path / "run")["global_step"] == 8
     test = run("test", tmp_path / "new", "--config", str(config))
@@ -151,6 +153,7 @@ def test_a_wrong_optimiser_is_told(name: str, says: str, tmp_path: Path) -> None
         run("fit", tmp_path, *on_digits("--model.optimizer", name))
 
 
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 def test_fine_tuning_keeps_the_body_and_makes_a_new_classifier(tree: Tree, tmp_path: Path) -> None:
     data = tree(train="abc", test="abc")
     run("fit", tmp_path / "first", *on_tree(data), "--model.method", "batchnorm")
@@ -178,7 +181,7 @@ def test_fine_tuning_keeps_the_body_and_makes_a_new_classifier(tree: Tree, tmp_p
         (("--model.freeze", "[stemm]"), "has no module 'stemm'"),
         (("--model.freeze", "[stem, stages, head]"), "leaves nothing to train"),
         (("--model.momentum", "2"), "momentum is 2.0: take a number from 0 to 1"),
-        (("--model.milestones", "[-5]"), r"take epochs from 0 on"),
+        (("--model.milestones", "[-5]"), "take epochs from 0 on"),
         (("--data.crop", "-1"), "--data.crop is -1"),
         (("--data.train_size", "-1"), "--data.train_size is -1"),
         (("--seed_everything", "-1"), "--seed_everything is -1"),
@@ -186,8 +189,9 @@ def test_fine_tuning_keeps_the_body_and_makes_a_new_classifier(tree: Tree, tmp_p
     ],
 )
 def test_a_wrong_number_or_name_is_told(flags: tuple[str, str], says: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(ValueError) as caught:  # the parser wraps what data modules raise
         run("fit", tmp_path, *on_digits(*flags))
+    assert says in (explain(caught.value) or "")
 
 
 def test_a_late_moving_average_starts_from_the_trained_weights(tmp_path: Path) -> None:
@@ -210,11 +214,8 @@ def test_the_average_of_a_short_run_follows_the_weights(tmp_path: Path) -> None:
     assert average.norm() > 0.3 * current.norm(), "a decay of 0.999 leaves 0.4 %"
 
 
-class StopAt(Timer):
-    """Time is up after the second step."""
-
-    def __init__(self) -> None:
-        super().__init__(duration="00:01:00:00")
+class StopAt(Callback):
+    """Time is up after the second step, as Lightning's Timer says it."""
 
     def on_train_batch_end(self, trainer, *rest) -> None:
         trainer.should_stop = trainer.global_step == 2
@@ -263,7 +264,7 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
     assert LitClassifier.load_from_checkpoint(checkpoint).net.fc.in_features == 6
     with pytest.raises(UserError, match="a network of your own: load it in Python"):
         load_classifier(checkpoint)
-    with pytest.raises(UserError, match="give it as --model.net"):
+    with pytest.raises(UserError, match=r"give it as --model\.net"):
         run("test", tmp_path, *on_digits())
     with pytest.raises(UserError, match="cannot be imported"):
         run("fit", tmp_path / "x", *line, "--model.net", "tests.vision.nowhere.Net")

@@ -14,12 +14,15 @@ from fixup_core.errors import UserError
 from fixup_core.files import whole_file
 
 
-def checkpoint_callbacks(folder: Path, every: int) -> list[ModelCheckpoint]:
+def checkpoint_callbacks(
+    folder: Path, every: int, *, validates: bool = True
+) -> list[ModelCheckpoint]:
     """``best.ckpt``, by the accuracy on validation, and ``last.ckpt``.
 
     Args:
         folder: Of both.
         every: Save the last one after every this many steps too; 0: after every epoch alone.
+        validates: Whether there is a validation; without one there is no best.
     """
 
     def last(kind: type[ModelCheckpoint], **when: Any) -> ModelCheckpoint:
@@ -31,12 +34,8 @@ def checkpoint_callbacks(folder: Path, every: int) -> list[ModelCheckpoint]:
     # Never when a validation ends, which may be in the midst of accumulated gradients.
     epochs = last(EpochCheckpoint, every_n_epochs=1, save_on_train_epoch_end=True)
     stopped = last(StopCheckpoint, every_n_train_steps=1)
-    return [
-        best,
-        stopped,
-        epochs,
-        *([last(MidEpochCheckpoint, every_n_train_steps=every)] if every else []),
-    ]
+    within = [last(MidEpochCheckpoint, every_n_train_steps=every)] if every else []
+    return [*([best] if validates else []), stopped, epochs, *within]
 
 
 class MidEpochCheckpoint(ModelCheckpoint):

@@ -41,21 +41,21 @@ def load_weights_(net: nn.Module, file: Path) -> None:
 
 
 def freeze_(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """Take the parameters of some modules out of the training.
+    """Take the parameters of some modules out of the training, and put these in evaluation mode.
 
     Args:
         net: The network.
         names: Of modules in it, as ``stem`` or ``stages.0``.
 
     Returns:
-        The modules, which should stay in evaluation mode.
+        The modules, which are to stay in evaluation mode.
 
     Raises:
         UserError: There is no such module, or nothing is left to train.
     """
     modules = list(modules_named(net, names))
     for module in modules:
-        module.requires_grad_(False)
+        module.requires_grad_(False).eval()
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise UserError("--model.freeze leaves nothing to train")
     return modules
