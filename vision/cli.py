@@ -34,6 +34,7 @@ from vision.training.callbacks import AugmentedImages
 from vision.training.checkpoints import checkpoint_callbacks, save_whole_files
 from vision.training.lit_classifier import LitClassifier
 from vision.training.predictions import PredictionTable
+from vision.training.reporting import Report
 from vision.training.resuming import SameOptions
 
 NEEDLESS = (
@@ -46,6 +47,9 @@ NEEDLESS = (
     # Nothing a user could mend.
     ".*is not supported by the model summary",
     ".*LeafSpec.* is deprecated",
+    ".*is_fx_tracing",
+    # torchmetrics has summed over the processes already.
+    "It is recommended to use .*sync_dist=True",
     "LightningCLI's args parameter is intended",
 )
 """Warnings that no command shows."""
@@ -81,7 +85,11 @@ class VisionCLI(LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=1,
             save_config_callback=SavedConfig,
-            trainer_defaults={"use_distributed_sampler": False, "deterministic": True},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "deterministic": True,
+                "enable_model_summary": False,  # of one module, and without any FLOPs
+            },
             args=args,
         )
 
@@ -184,7 +192,7 @@ class SavedConfig(SaveConfigCallback):
 
 def _callbacks(folder: Path, options: Any) -> list[Any]:
     """Those of every run, but for what the user has switched off."""
-    found: list[Any] = [AugmentedImages(), PredictionTable()]
+    found: list[Any] = [AugmentedImages(), PredictionTable(), Report()]
     found.append(SameOptions(options.seed_everything))
     if options.trainer.logger is not False:
         found.append(LearningRateMonitor("epoch"))

@@ -11,6 +11,7 @@ KNOWN: tuple[Advice, ...] = (
         "the checkpoint is of another network: give the --model options it was trained with",
     ),
     ("MisconfigurationException", "", "{error}"),
+    (ValueError, "requires a GPU accelerator", "{error}"),
     (
         ModuleNotFoundError,
         "onnx",

@@ -54,12 +54,17 @@ def test_a_folder_without_labels_is_predicted_into_a_new_folder(tree: Tree, tmp_
     assert float(table[0]["probability"]) >= float(table[0]["probability_2"])
 
 
-def test_a_saved_configuration_starts_a_training_of_its_own(tmp_path: Path) -> None:
+def test_a_saved_configuration_starts_a_training_of_its_own(tmp_path: Path, capsys) -> None:
     run("fit", tmp_path / "run", *on_digits())
     run("fit", tmp_path / "run", *on_digits("--trainer.max_epochs", "2"), "--ckpt_path", "last")
+    capsys.readouterr()
+    run("fit", tmp_path / "run", *on_digits("--trainer.max_epochs", "2"), "--ckpt_path", "last")
+    assert "nothing was trained: the run had come to its end (2 epochs)" in capsys.readouterr().out
     config = tmp_path / "run" / "config.yaml"
     assert yaml.safe_load(config.read_text()).get("ckpt_path") is None
     run("fit", tmp_path / "new", "--config", str(config))
+    out = capsys.readouterr().out
+    assert f"next: python -m vision test --config {tmp_path / 'new' / 'config.yaml'}" in out
     assert _saved(tmp_path / "new")["global_step"] == _saved(tmp_path / "run")["global_step"] == 8
     test = run("test", tmp_path / "new", "--config", str(config))
     assert test.trainer.ckpt_path.endswith("best.ckpt")
