@@ -1,8 +1,8 @@
 """``python -m vision export``: a trained network as ONNX, its scalars folded away.
 
 Its input ``images``, float [B, C, H, W], is normalised as the data module does it; its output is
-``logits``, [B, classes]; the metadata ``classes`` names them. ResNets take images of any size. onnxruntime's logits are held against
-PyTorch's before the file gets its name.
+``logits``, [B, classes], whose names are in the metadata ``classes``, a JSON list. ResNets take
+images of any size. onnxruntime's logits are held against PyTorch's before the file gets its name.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Report(Callback):
                 f"nothing was trained: the run had come to its end ({trainer.current_epoch} "
                 "epochs). Raise --trainer.max_epochs to go on",
             )
-        callbacks: list[Any] = trainer.checkpoint_callbacks  # type: ignore[assignment]
+        callbacks: list[Any] = trainer.checkpoint_callbacks
         best = [c for c in callbacks if c.monitor and c.best_model_score is not None]
         if (root / "config.yaml").exists() and best:
             name, score = best[0].monitor, best[0].best_model_score
