@@ -37,12 +37,17 @@ class VisionData(L.LightningDataModule):
         self.batch_size, self.val_size, self.seed = batch_size, val_size, seed
         self.parts: dict[str, Any] = {}
         self.classes: tuple[str, ...] = ()
+        self._num_classes = 0
         self.names: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
-        """Known once ``setup`` has run."""
-        return len(self.classes)
+        """Known once ``setup`` has run; a module that cannot name its classes sets their number."""
+        return len(self.classes) or self._num_classes
+
+    @num_classes.setter
+    def num_classes(self, number: int) -> None:
+        self._num_classes = number
 
     @property
     def overfits(self) -> bool:
@@ -153,6 +158,10 @@ class TensorData(VisionData):
         """Images without labels, which only ``predict`` reads; ``None``: there is a test set."""
         return None
 
+    def training_classes(self) -> tuple[str, ...]:
+        """The names of the training set's classes, where they can be found without its images."""
+        return ()
+
     def setup(self, stage: str) -> None:
         """Read what ``stage`` ("fit", "validate", "test" or "predict") needs.
 
@@ -161,6 +170,7 @@ class TensorData(VisionData):
         """
         if stage in ("fit", "validate") and "train" not in self.parts:
             self._set_up_training()
+        self.classes = self.classes or self.training_classes()
         if stage == "test" and "test" not in self.parts:
             self.parts["test"] = self._numbered(self.load(train=False))
         if stage == "predict":

@@ -28,7 +28,7 @@ class ImageFolderData(VisionData):
         root: Folder, or tar or zip archive of one (unpacked once into ``cache``), that holds
             ``train/<class>/<file>`` and the test images in ``test`` or ``val`` likewise. With all
             three, ``val`` holds the validation images, and ``val_size`` is not used. ``predict``
-            takes any folder of images, too.
+            takes any folder of images, or one image, too.
         batch_size: Of all processes together.
         val_size: Images cut out of the training set for validation.
         seed: Of the split, the order and the augmentation.
@@ -80,7 +80,8 @@ class ImageFolderData(VisionData):
 
     def prepare_data(self) -> None:
         """Unpack an archive, on one process of each machine."""
-        self._tree()
+        if not _is_image(str(self.root)):
+            self._tree()
 
     def setup(self, stage: str) -> None:
         """Find the files that ``stage`` ("fit", "validate", "test" or "predict") needs.
@@ -88,16 +89,22 @@ class ImageFolderData(VisionData):
         Raises:
             UserError: A split has a class that the training set does not have.
         """
+        if stage == "predict" and self.root.is_file() and _is_image(str(self.root)):
+            self._set_up_prediction(self.root.parent, [Path(self.root.name)])
+            return
         tree = self._tree()
+        self.classes = self.classes or trees.class_names(tree / "train")
         if stage in ("fit", "validate"):
             self._set_up_training(tree)
         if stage == "test":
             self.parts["test"] = self._folder(_test_folder(tree), self.test_transform)
         if stage == "predict":
-            folder, paths = _to_predict(tree)
-            self.names = tuple(map(str, paths))
-            files = [folder / path for path in paths]
-            self.parts["predict"] = NumberedFiles(files, self.test_transform)
+            self._set_up_prediction(*_to_predict(tree))
+
+    def _set_up_prediction(self, folder: Path, paths: list[Path]) -> None:
+        self.names = tuple(map(str, paths))
+        files = [folder / path for path in paths]
+        self.parts["predict"] = NumberedFiles(files, self.test_transform)
 
     def _set_up_training(self, tree: Path) -> None:
         alters = self.test_transform if self.overfits else self.train_transform
@@ -155,11 +162,10 @@ class ClassFolders(ImageFolder):
         """Class names, and the label of each that the folder has."""
         if not Path(directory).is_dir():
             raise FileNotFoundError("there is no such folder")
-        folders = (path for path in Path(directory).iterdir() if path.is_dir())
-        found = sorted(path.name for path in folders if trees.visible(PurePath(path.name)))
+        found = trees.class_names(Path(directory))
         if not found:
             raise FileNotFoundError("there is no folder of a class")
-        classes = self.known or tuple(found)
+        classes = self.known or found
         return list(classes), dict(zip(found, trees.places_in(classes, found), strict=True))
 
 

@@ -98,6 +98,9 @@ class CIFAR10(TensorData):
     def _is_tree(self) -> bool:
         return self.root.is_file() or any(trees.has_split(self.root, s) for s in trees.SPLITS)
 
+    def training_classes(self) -> tuple[str, ...]:
+        return trees.class_names(self.root / "train")
+
     def load_val(self) -> Images | None:
         return self._packed("val") if trees.has_own_val(self.root) else None
 

@@ -36,6 +36,8 @@ def read_image(name: str, content: bytes) -> Image.Image:
 
 def _as_bytes(image: Image.Image) -> Image.Image:
     """Grey values of 16 bits become 8: Pillow would clip them, and most images turn white."""
+    if image.mode == "F":
+        raise ValueError("floating-point values have no brightness of their own")
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image).astype(np.float64) / 65535

@@ -42,6 +42,14 @@ def has_own_val(root: Path) -> bool:
     return all(has_split(root, split) for split in SPLITS)
 
 
+def class_names(folder: Path) -> tuple[str, ...]:
+    """The folders of the classes in a split, sorted; empty where there is no such split."""
+    if not folder.is_dir():
+        return ()
+    folders = (PurePath(path.name) for path in folder.iterdir() if path.is_dir())
+    return tuple(sorted(path.name for path in folders if visible(path)))
+
+
 def top(root: Path) -> Path:
     """The folder of the splits: ``root``, or what lies below it alone, as in many archives."""
     folder = root

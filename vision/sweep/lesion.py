@@ -38,6 +38,7 @@ def lesion(
     blocks = getattr(model.net, "blocks", None)
     if blocks is None:
         raise UserError(f"{model.args.net} is not made of blocks that could be left out")
+    data.classes = model.classes
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=1,
@@ -55,7 +56,7 @@ def lesion(
         if block.left_out_is_defined():
             with block.left_out():
                 rows.append((number, accuracy()))
-            print(f"without block {number}: {rows[-1][1]:.2%}", flush=True)
+                print(f"without block {number}: {rows[-1][1]:.2%}", flush=True)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([("block left out (-1: none)", "test accuracy"), *rows])

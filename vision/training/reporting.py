@@ -53,9 +53,10 @@ class Report(Callback):
             )
         callbacks: list[Any] = trainer.checkpoint_callbacks
         best = [c for c in callbacks if c.monitor and c.best_model_score is not None]
-        if (root / "config.yaml").exists() and best:
-            name, score = best[0].monitor, best[0].best_model_score
-            self._say(trainer, f"run: {root}, best {name} {score:.4f}")
+        if (root / "config.yaml").exists() and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            score = f", best {best[0].monitor} {best[0].best_model_score:.4f}" if best else ""
+            self._say(trainer, f"run: {root}{score}")
+        if best:
             self._say(trainer, f"next: python -m vision test --config {root / 'config.yaml'}")
 
     def _say(self, trainer: L.Trainer, line: str) -> None:

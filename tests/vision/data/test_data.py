@@ -392,3 +392,19 @@ def test_overfitting_sees_the_same_plain_images_every_epoch(tmp_path: Path) -> N
         assert torch.equal(*epochs(data, 1))
     for data in _modules(tree, tmp_path / "cache"):
         assert not torch.equal(*epochs(data, 0))
+
+
+def test_one_image_can_be_predicted(tmp_path: Path) -> None:
+    _tree_of(tmp_path, photos=("a",))
+    data = ImageFolderData(tmp_path / "photos/a/2.png", image_size=8, workers=0)
+    data.prepare_data(), data.setup("predict")
+    assert data.names == ("2.png",) and _labels(data, "predict") == [0]
+
+
+def test_a_test_set_is_numbered_by_the_training_folders_though_they_were_not_read(
+    tmp_path: Path,
+) -> None:
+    tree = _tree_of(tmp_path / "t", train=("a", "b", "c"), test=("b", "c"))
+    for data in _modules(tree, tmp_path / "cache"):
+        data.setup("test")
+        assert data.num_classes == 3 and _labels(data, "test") == [1] * 4 + [2] * 4
