@@ -14,25 +14,42 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    LearningRateMonitor,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from fixup_core.errors import UserError
 from fixup_core.files import hold_folder
 from vision import RUNS
+from vision.choices import choose_checkpoint, take_options
 from vision.data import VisionData
 from vision.parser import Parser
-from vision.training.callbacks import AugmentedImages, PredictionTable, SameOptions
+from vision.training.averaging import MovingAverage
+from vision.training.callbacks import AugmentedImages
 from vision.training.checkpoints import checkpoint_callbacks, save_whole_files
 from vision.training.lit_classifier import LitClassifier
+from vision.training.predictions import PredictionTable
+from vision.training.reporting import Report
+from vision.training.resuming import SameOptions
 
 NEEDLESS = (
     # A run that goes on writes into the folder it has.
     "Checkpoint directory .* exists and is not empty",
+    # Scores of a run's checkpoint in another folder.
+    "The dirpath has changed from",
+    # What --model.freeze asks for.
+    r"Found .* module\(s\) in eval mode",
     # Nothing a user could mend.
     ".*is not supported by the model summary",
     ".*LeafSpec.* is deprecated",
+    ".*is_fx_tracing",
+    # torchmetrics has summed over the processes already.
+    "It is recommended to use .*sync_dist=True",
     "LightningCLI's args parameter is intended",
 )
 """Warnings that no command shows."""
@@ -61,14 +78,18 @@ class VisionCLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
             LitClassifier,
-            VisionData,
+            L.LightningDataModule,
             subclass_mode_data=True,
             parser_class=Parser,
             parser_kwargs={"prog": "python -m vision"},
             auto_configure_optimizers=False,
             seed_everything_default=1,
             save_config_callback=SavedConfig,
-            trainer_defaults={"use_distributed_sampler": False, "deterministic": True},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "deterministic": True,
+                "enable_model_summary": False,  # of one module, and without any FLOPs
+            },
             args=args,
         )
 
@@ -95,39 +116,25 @@ class VisionCLI(LightningCLI):
         trainer = options.trainer
         if trainer.default_root_dir is None:
             trainer.default_root_dir = str(RUNS / self._name())
-        self._find_checkpoint()
+        self._check_numbers(trainer)
+        choose_checkpoint(options, str(self.subcommand))
+        self.classes = take_options(options) if self._scores() else ()
 
-    def _find_checkpoint(self) -> None:
-        """``best`` and ``last`` are those of the run's folder, for every subcommand; all but fit
-        take ``best`` where none is named.
+    def _check_numbers(self, trainer: Any) -> None:
+        if trainer.accumulate_grad_batches < 1:
+            raise UserError("--trainer.accumulate_grad_batches is below 1: take 1 or more")
 
-        Raises:
-            UserError: No such checkpoint, or a new run in the folder of another.
-        """
-        options = self._options()
-        trainer = options.trainer
-        checkpoints = Path(trainer.default_root_dir, "checkpoints")
-        chosen = options.ckpt_path or ("" if self.subcommand == "fit" else "best")
-        if "://" in str(chosen):
-            raise UserError(
-                f"--ckpt_path {chosen} is an address: fetch the file first, and give its path. "
-                "Lightning would load it without the check that it runs no code"
-            )
-        if chosen in ("best", "last"):
-            options.ckpt_path = str(checkpoints / f"{chosen}.ckpt")
-            if not Path(options.ckpt_path).exists():
-                raise UserError(
-                    f"{options.ckpt_path} does not exist: check --trainer.default_root_dir, or "
-                    "name a file in --ckpt_path"
-                )
-        if not chosen and (checkpoints / "last.ckpt").exists():
-            raise UserError(
-                f"{trainer.default_root_dir} holds a run: go on with it by --ckpt_path last, or "
-                "give another --trainer.default_root_dir"
-            )
+    def _scores(self) -> bool:
+        return self.subcommand != "fit"
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would let the checkpoint's options silently overrule those that are given."""
+        """``take_options`` does it, for all but fit."""
+
+    def _set_seed(self) -> None:
+        seed = self._options().seed_everything
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise UserError(f"--seed_everything is {seed}: take a number from 0 to {2**32 - 1}")
+        super()._set_seed()
 
     def instantiate_trainer(self, **options: Any) -> Any:
         """The trainer, with the loggers and callbacks that every run has."""
@@ -135,9 +142,13 @@ class VisionCLI(LightningCLI):
         root = Path(chosen.trainer.default_root_dir)
         if chosen.trainer.logger in (None, True):
             options["logger"] = self._loggers(root, chosen.ckpt_path)
-        every = chosen.get("checkpoint_every", 0)
-        self.trainer_defaults["callbacks"] = _callbacks(root / "checkpoints", every)
+        if isinstance(self.datamodule, VisionData):
+            self.datamodule.classes = self.classes
+        else:  # which shares its batches as Lightning does
+            options["use_distributed_sampler"] = True
+        self.trainer_defaults["callbacks"] = _callbacks(root / "checkpoints", chosen)
         trainer = super().instantiate_trainer(**options)
+        mend_callbacks(trainer)
         save_whole_files(trainer)
         return trainer
 
@@ -170,12 +181,41 @@ class SavedConfig(SaveConfigCallback):
             hold_folder(Path(trainer.default_root_dir))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
+        """Without the checkpoint, which a run goes on from once."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             file = Path(trainer.default_root_dir) / "config.yaml"
             file.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, file, overwrite=True, multifile=False)
+            config = self.config.clone()
+            config.ckpt_path = None
+            self.parser.save(config, file, overwrite=True, multifile=False)
 
 
-def _callbacks(folder: Path, every: int) -> list[Any]:
-    pictures = [LearningRateMonitor("epoch"), AugmentedImages(), PredictionTable(), SameOptions()]
-    return [*pictures, *checkpoint_callbacks(folder, every)]
+def _callbacks(folder: Path, options: Any) -> list[Any]:
+    """Those of every run, but for what the user has switched off."""
+    found: list[Any] = [AugmentedImages(), PredictionTable(), Report()]
+    found.append(SameOptions(options.seed_everything))
+    if options.trainer.logger is not False:
+        found.append(LearningRateMonitor("epoch"))
+    if options.trainer.enable_checkpointing is not False:
+        validates = options.trainer.limit_val_batches != 0
+        every = options.get("checkpoint_every", 0)
+        found += checkpoint_callbacks(folder, every, validates=validates)
+    return found
+
+
+def mend_callbacks(trainer: L.Trainer) -> None:
+    """Put right what the user's callbacks of Lightning do wrong here.
+
+    Raises:
+        UserError: One that changes the rate or the batches behind the run's back.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for place, callback in enumerate(callbacks):
+        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+            raise UserError(
+                f"{type(callback).__name__} cannot be used here: its result lasts for one step, "
+                "and the run could not go on. Draw the loss against the rate by python -m vision "
+                "sweep lr"
+            )
+        if type(callback) is EMAWeightAveraging:
+            callbacks[place] = MovingAverage.of(callback)

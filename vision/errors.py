@@ -11,11 +11,13 @@ KNOWN: tuple[Advice, ...] = (
         "the checkpoint is of another network: give the --model options it was trained with",
     ),
     ("MisconfigurationException", "", "{error}"),
+    (ValueError, "requires a GPU accelerator", "{error}"),
     (
         ModuleNotFoundError,
         "onnx",
         "exporting wants more packages: pip install onnx onnxruntime onnxscript",
     ),
+    (ModuleNotFoundError, "", "{error}: install the package, or choose something else"),
     (
         KeyError,
         r"^'?(\d+|pytorch-lightning_version|state_dict|hyper_parameters)'?$",

@@ -1,13 +1,15 @@
 """``python -m vision export``: a trained network as ONNX, its scalars folded away.
 
 Its input ``images``, float [B, C, H, W], is normalised as the data module does it; its output is
-``logits``, [B, classes]. ResNets take images of any size. onnxruntime's logits are held against
-PyTorch's before the file gets its name.
+``logits``, [B, classes], whose names are in the metadata ``classes``, a JSON list. ResNets take
+images of any size. onnxruntime's logits are held against PyTorch's before the file gets its name.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +73,19 @@ def export(checkpoint: Path, output: Path) -> None:
             output_names=["logits"],
             free_sizes=[free],
         )
+        name_classes(temporary, model.classes)
         off = difference(temporary, net, images)
         check_difference(ENGINE, OUTPUTS, off, TOLERANCE)
     print(describe_export(output, ENGINE, OUTPUTS, off))
+
+
+def name_classes(file: Path, classes: Sequence[str]) -> None:
+    """Put the names of the classes into an ONNX file's metadata: ``classes``, a JSON list."""
+    import onnx
+
+    model = onnx.load(file)
+    onnx.helper.set_model_props(model, {"classes": json.dumps(list(classes))})
+    onnx.save(model, file)
 
 
 def plain_network(net: Any) -> nn.Module:

@@ -8,11 +8,13 @@ import re
 import sys
 from typing import Any, NoReturn
 
+from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fixup_core.command_line import MISTAKE
-from fixup_core.errors import one_line
+from fixup_core.errors import UserError, one_line
 from vision.data import TensorData, VisionData
+from vision.imports import import_object
 
 
 class Parser(LightningArgumentParser):
@@ -31,6 +33,9 @@ class Parser(LightningArgumentParser):
             return ""
         name = (wrong[1] or f"--data.{wrong[2]}").split("=")[0]
         options = sorted(self._options() - {name, "--help"})
+        same = [option for option in options if option.split(".")[-1] == name.lstrip("-")]
+        if same:
+            return f"; did you mean {' or '.join(same[:3])}?"
         near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
         return f"; did you mean {near[0]}?" if near else "; see --help"
 
@@ -56,10 +61,23 @@ def _subclasses(cls: type) -> list[type]:
     return direct + [below for one in direct for below in _subclasses(one)]
 
 
+def _why_not(path: str, message: str) -> str:
+    """What is wrong with a data module of the user's own."""
+    try:
+        kind = import_object(path, "--data")
+    except UserError as error:
+        return str(error)
+    if not (isinstance(kind, type) and issubclass(kind, LightningDataModule)):
+        return f"--data {path} is no LightningDataModule"
+    return one_line(f"--data {path}: {message.splitlines()[-1]}")
+
+
 def _shortened(message: str) -> str:
     """The sentences that say what is wrong, without the listings of types that were tried."""
     wrong = re.search(r'Parser key "(?:recipe\.)?data":.*Given value: (\S+)$', message, re.DOTALL)
     if wrong:
+        if "." in wrong[1]:
+            return _why_not(wrong[1], message)
         names = [cls.__name__ for cls in _subclasses(VisionData) if cls is not TensorData]
         near = difflib.get_close_matches(wrong[1].split(".")[-1], names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"

@@ -149,6 +149,8 @@ def test_an_exported_network_is_the_same_for_any_batch(method: str, tmp_path: Pa
     export(checkpoint, tmp_path / "new" / "model.onnx")
     assert "the logits of onnxruntime differ by" in capsys.readouterr().out
     session = runtime.InferenceSession(str(tmp_path / "new" / "model.onnx"))
+    names = session.get_modelmeta().custom_metadata_map["classes"]
+    assert names == '["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]'
     images = torch.randn(5, 1, 8, 8)
     (logits,) = session.run(None, {"images": images.numpy()})
     with torch.no_grad():
@@ -210,7 +212,7 @@ def test_lesion_wants_a_checkpoint_of_a_network_of_blocks(tmp_path: Path) -> Non
         lesion(tmp_path / "checkpoints" / "last.ckpt", Digits())
 
 
-def test_moving_averages_are_lightnings_own(tmp_path: Path) -> None:
+def test_the_checkpoint_of_a_moving_average_holds_the_average(tmp_path: Path) -> None:
     """The best checkpoint holds the averaged weights, the run goes on from the others."""
     average = ("--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.5")
     _fit(tmp_path, *average)

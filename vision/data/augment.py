@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fixup_core.errors import UserError
 from vision.data.batches import Batch
 
 
@@ -34,6 +35,13 @@ class Pixels:
     crop: int = 0
     flip: bool = False
     cutout: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "cutout"):
+            if getattr(self, name) < 0:
+                raise UserError(
+                    f"--data.{name} is {getattr(self, name)}: take a number from 0 upwards"
+                )
 
     def train(self, batch: Batch) -> Tensor:
         """Augmented and normalised images [B, C, H, W] of a batch of bytes."""

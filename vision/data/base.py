@@ -27,15 +27,33 @@ class VisionData(L.LightningDataModule):
     """What all data modules share: splits, batches, and that nothing random is left to chance.
 
     Attributes:
-        num_classes: Known once ``setup`` has run.
+        classes: The names that every split's labels are counted by: those of the training images,
+            known once ``setup`` has read them, or a checkpoint's, set before.
+        names: Of the images that ``predict`` reads, in their order.
     """
-
-    num_classes: int
 
     def __init__(self, batch_size: int, val_size: int, seed: int) -> None:
         super().__init__()
         self.batch_size, self.val_size, self.seed = batch_size, val_size, seed
         self.parts: dict[str, Any] = {}
+        self.classes: tuple[str, ...] = ()
+        self._num_classes = 0
+        self.names: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        """Known once ``setup`` has run; a module that cannot name its classes sets their number."""
+        return len(self.classes) or self._num_classes
+
+    @num_classes.setter
+    def num_classes(self, number: int) -> None:
+        self._num_classes = number
+
+    @property
+    def overfits(self) -> bool:
+        """Whether --trainer.overfit_batches asks for the same batches, unaltered, every epoch."""
+        trainer: Any = self.trainer
+        return trainer is not None and trainer.overfit_batches > 0
 
     def description(self) -> dict[str, Any]:
         """What decides the training batches."""
@@ -50,7 +68,7 @@ class VisionData(L.LightningDataModule):
             size,
             self.batch_size,
             seed=self.seed,
-            shuffle=train,
+            shuffle=train and not self.overfits,
             drop_last=train and (size >= self.batch_size or world > 1),
             rank=rank,
             world_size=world,
@@ -71,8 +89,13 @@ class VisionData(L.LightningDataModule):
         val, train = order[: self.val_size], order[self.val_size :]
         return train[: train_size or None].sort().values, val
 
+    def chosen(self, size: int, train_size: int) -> Tensor:
+        """Indices of ``train_size`` training images, or of all, where none is cut out."""
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))
+        return order[: train_size or None].sort().values
+
     def loader(self, part: str, *, alone: bool = False) -> Loader:
-        """The batches of "train", "val" or "test"."""
+        """The batches of "train", "val", "test" or "predict"."""
         data = self.parts[part]
         order = self.order(len(data), train=part == "train", alone=alone)
         limit = self.batches_per_epoch(len(order)) if part == "train" else None
@@ -96,7 +119,9 @@ class VisionData(L.LightningDataModule):
     def test_dataloader(self) -> Loader:
         return self.loader("test")
 
-    predict_dataloader = test_dataloader
+    def predict_dataloader(self) -> Loader:
+        """Each image's label is its number in ``names``."""
+        return self.loader("predict")
 
 
 class TensorData(VisionData):
@@ -114,6 +139,8 @@ class TensorData(VisionData):
         self, batch_size: int, val_size: int, seed: int, pixels: Pixels, train_size: int = 0
     ) -> None:
         super().__init__(batch_size, val_size, seed)
+        if train_size < 0:
+            raise UserError(f"--data.train_size is {train_size}: take a number from 0 upwards")
         self.pixels, self.train_size = pixels, train_size
 
     def description(self) -> dict[str, Any]:
@@ -123,15 +150,48 @@ class TensorData(VisionData):
         """The official training or test set."""
         raise NotImplementedError
 
+    def load_val(self) -> Images | None:
+        """Validation images that are a split of their own; ``None``: they are cut out."""
+        return None
+
+    def load_loose(self) -> Images | None:
+        """Images without labels, which only ``predict`` reads; ``None``: there is a test set."""
+        return None
+
+    def training_classes(self) -> tuple[str, ...]:
+        """The names of the training set's classes, where they can be found without its images."""
+        return ()
+
     def setup(self, stage: str) -> None:
-        """Read what ``stage`` ("fit", "validate", "test" or "predict") needs."""
+        """Read what ``stage`` ("fit", "validate", "test" or "predict") needs.
+
+        Raises:
+            UserError: A split has a class that the training set does not have.
+        """
         if stage in ("fit", "validate") and "train" not in self.parts:
-            whole = self.load(train=True)
-            train, val = self.split(len(whole), self.train_size)
-            self.parts |= {"train": whole.take(train), "val": whole.take(val)}
-        if stage in ("test", "predict") and "test" not in self.parts:
-            self.parts["test"] = self.load(train=False)
-        self.num_classes = len(next(iter(self.parts.values())).classes)
+            self._set_up_training()
+        self.classes = self.classes or self.training_classes()
+        if stage == "test" and "test" not in self.parts:
+            self.parts["test"] = self._numbered(self.load(train=False))
+        if stage == "predict":
+            images = self.load_loose() or self.load(train=False)
+            self.names = images.names or tuple(map(str, range(len(images))))
+            self.parts["predict"] = images.numbered()
+            if images.classes and not self.classes:
+                self.classes = images.classes
+
+    def _set_up_training(self) -> None:
+        whole, val = self._numbered(self.load(train=True)), self.load_val()
+        if val is None:
+            chosen, cut_out = self.split(len(whole), self.train_size)
+            val = whole.take(cut_out)
+        else:
+            chosen, val = self.chosen(len(whole), self.train_size), self._numbered(val)
+        self.parts |= {"train": whole.take(chosen), "val": val}
+
+    def _numbered(self, images: Images) -> Images:
+        self.classes = self.classes or images.classes
+        return images.numbered_by(self.classes)
 
     def source(self, data: Images, order: BatchOrder) -> TensorSource:
         return TensorSource(data.images, data.labels, order)
@@ -139,5 +199,6 @@ class TensorData(VisionData):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment and normalise where the batch is now."""
         training = self.trainer is not None and self.trainer.training
-        images = self.pixels.train(batch) if training else self.pixels.normalise(batch.images)
+        alters = training and not self.overfits
+        images = self.pixels.train(batch) if alters else self.pixels.normalise(batch.images)
         return batch._replace(images=images)

@@ -41,6 +41,26 @@ class Batch(NamedTuple):
         return torch.Generator().manual_seed(self.seed)
 
 
+def as_batch(given: Any, seed: int = 0) -> Batch:
+    """A batch as it is, or the (images, labels) of a data module of the user's own.
+
+    Args:
+        given: From a loader; images alone have no labels.
+        seed: Of everything random, where ``given`` has none.
+
+    Raises:
+        UserError: It is something else.
+    """
+    if isinstance(given, Batch):
+        return given
+    images, labels = (given, None) if isinstance(given, Tensor) else (*given, None)[:2]
+    if not isinstance(images, Tensor):
+        raise UserError("the loaders of your data module must yield (images, labels)")
+    if labels is None:
+        labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    return Batch(images, labels, seed, 0, len(images))
+
+
 def mix(*numbers: int) -> int:
     """One seed below 2^63 from several numbers (splitmix64's finaliser, number by number)."""
     state, mask = 0, 2**64 - 1

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fixup_core.errors import UserError
-from vision.data import sources
+from vision.data import trees
 from vision.data.base import CACHE, VisionData
 from vision.data.batches import BatchOrder, workers_source
+from vision.data.pictures import CorruptImageError, read_image
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -23,8 +25,10 @@ class ImageFolderData(VisionData):
     """A tree of images of any size, read by worker processes.
 
     Args:
-        root: Folder, or tar archive of one (unpacked once into ``cache``), that holds
-            ``train/<class>/<file>`` and the test images in ``test`` or ``val`` likewise.
+        root: Folder, or tar or zip archive of one (unpacked once into ``cache``), that holds
+            ``train/<class>/<file>`` and the test images in ``test`` or ``val`` likewise. With all
+            three, ``val`` holds the validation images, and ``val_size`` is not used. ``predict``
+            takes any folder of images, or one image, too.
         batch_size: Of all processes together.
         val_size: Images cut out of the training set for validation.
         seed: Of the split, the order and the augmentation.
@@ -76,46 +80,137 @@ class ImageFolderData(VisionData):
 
     def prepare_data(self) -> None:
         """Unpack an archive, on one process of each machine."""
-        self._tree()
+        if not _is_image(str(self.root)):
+            self._tree()
 
     def setup(self, stage: str) -> None:
-        """Find the files that ``stage`` ("fit", "validate", "test" or "predict") needs."""
+        """Find the files that ``stage`` ("fit", "validate", "test" or "predict") needs.
+
+        Raises:
+            UserError: A split has a class that the training set does not have.
+        """
+        if stage == "predict" and self.root.is_file() and _is_image(str(self.root)):
+            self._set_up_prediction(self.root.parent, [Path(self.root.name)])
+            return
         tree = self._tree()
+        self.classes = self.classes or trees.class_names(tree / "train")
         if stage in ("fit", "validate"):
-            whole = self._folder(tree / "train", self.train_transform)
-            train, val = self.split(len(whole))
-            plain = copy.copy(whole)  # the same files, found once
-            plain.transform = self.test_transform
-            self.parts |= {
-                "train": Subset(whole, train.tolist()),
-                "val": Subset(plain, val.tolist()),
-            }
-        if stage in ("test", "predict"):
-            folder = tree / "test" if (tree / "test").is_dir() else tree / "val"
-            self.parts["test"] = whole = self._folder(folder, self.test_transform)
-        self.num_classes = len(whole.classes)
+            self._set_up_training(tree)
+        if stage == "test":
+            self.parts["test"] = self._folder(_test_folder(tree), self.test_transform)
+        if stage == "predict":
+            self._set_up_prediction(*_to_predict(tree))
+
+    def _set_up_prediction(self, folder: Path, paths: list[Path]) -> None:
+        self.names = tuple(map(str, paths))
+        files = [folder / path for path in paths]
+        self.parts["predict"] = NumberedFiles(files, self.test_transform)
+
+    def _set_up_training(self, tree: Path) -> None:
+        alters = self.test_transform if self.overfits else self.train_transform
+        whole = self._folder(tree / "train", alters)
+        if trees.has_own_val(tree):
+            val = self._folder(tree / "val", self.test_transform)
+            self.parts |= {"train": whole, "val": val}
+            return
+        train, cut_out = self.split(len(whole))
+        plain = copy.copy(whole)  # the same files, found once
+        plain.transform = self.test_transform
+        self.parts |= {
+            "train": Subset(whole, train.tolist()),
+            "val": Subset(plain, cut_out.tolist()),
+        }
 
     def _tree(self) -> Path:
         if self.root.is_dir():
-            return self.root
+            return trees.top(self.root)
         if not self.root.exists():
             raise UserError(f"--data.root {self.root} does not exist")
-        return sources.unpacked(self.root, self.cache)
+        return trees.top(trees.unpacked(self.root, self.cache))
 
-    def _folder(self, folder: Path, transform: Any) -> ImageFolder:
+    def _folder(self, folder: Path, transform: Any) -> ClassFolders:
         try:
-            return ImageFolder(str(folder), transform, loader=_read)
+            found = ClassFolders(folder, transform, self.classes)
         except FileNotFoundError as error:
-            raise UserError(f"{folder} is no tree of <class>/<image>: {error}") from error
+            hint = ": sort the images into a folder for each class" if _is_flat(folder) else ""
+            raise UserError(
+                f"{folder} is no tree of <class>/<image>{hint or f': {error}'}"
+            ) from error
+        self.classes = tuple(found.classes)
+        return found
 
     def source(self, data: Any, order: BatchOrder) -> Any:
         pinned = torch.cuda.is_available()
-        skip = sources.CorruptImageError if self.skip_corrupt else None
+        skip = CorruptImageError if self.skip_corrupt else None
         return workers_source(data, order, skip=skip, num_workers=self.workers, pin_memory=pinned)
 
 
+class ClassFolders(ImageFolder):
+    """torchvision's ``<class>/<file>``, without hidden files, counted by a given list of classes.
+
+    Args:
+        root: The folder of the classes.
+        transform: Of each image.
+        known: The classes, in their order; those of the folder by default.
+    """
+
+    def __init__(self, root: Path, transform: Any, known: tuple[str, ...]) -> None:
+        self.known = known
+        super().__init__(str(root), transform, loader=_read, is_valid_file=_is_image)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Class names, and the label of each that the folder has."""
+        if not Path(directory).is_dir():
+            raise FileNotFoundError("there is no such folder")
+        found = trees.class_names(Path(directory))
+        if not found:
+            raise FileNotFoundError("there is no folder of a class")
+        classes = self.known or found
+        return list(classes), dict(zip(found, trees.places_in(classes, found), strict=True))
+
+
+class NumberedFiles(Dataset[tuple[Any, int]]):
+    """Images without labels: each with its own number."""
+
+    def __init__(self, files: list[Path], transform: Any) -> None:
+        self.files, self.transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(_read(str(self.files[index]))), index
+
+
+def _is_image(path: str) -> bool:
+    name = PurePath(path)
+    return trees.visible(PurePath(*name.parts[-2:])) and name.suffix.lower() in IMG_EXTENSIONS
+
+
+def _is_flat(folder: Path) -> bool:
+    return folder.is_dir() and any(_is_image(path.name) for path in folder.iterdir())
+
+
+def _test_folder(tree: Path) -> Path:
+    return tree / "test" if trees.has_split(tree, "test") else tree / "val"
+
+
+def _to_predict(tree: Path) -> tuple[Path, list[Path]]:
+    """The folder of images to predict, and their paths in it.
+
+    Raises:
+        UserError: There are none.
+    """
+    labelled = any(trees.has_split(tree, split) for split in ("test", "val"))
+    folder = _test_folder(tree) if labelled else tree
+    paths = trees.images_below(folder)
+    if not paths:
+        raise UserError(f"{folder} has no images to predict")
+    return folder, paths
+
+
 def _read(path: str) -> Any:
-    return sources.read_image(path, Path(path).read_bytes())
+    return read_image(path, trees.read_bytes(Path(path)))
 
 
 class ImageNet(ImageFolderData):

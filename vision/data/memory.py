@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fixup_core.errors import UserError
-from vision.data import sources
+from vision.data import sources, trees
 from vision.data.augment import Pixels
 from vision.data.base import CACHE, TensorData
 from vision.data.sources import Images
@@ -48,8 +48,9 @@ class CIFAR10(TensorData):
     """CIFAR-10: downloaded once by torchvision, or read from an image tree or an archive of one.
 
     Args:
-        root: torchvision's folder; or a folder, or tar archive of one, that holds
-            ``train/<class>/<file>`` and ``test/<class>/<file>``.
+        root: torchvision's folder; or a folder, or a tar or zip archive of one, that holds
+            ``train/<class>/<file>`` and ``test/<class>/<file>``; a folder with ``val`` besides
+            is validated on that. ``predict`` takes a folder of images without labels, too.
         batch_size: Of all processes together.
         val_size: Images cut out of the training set for validation.
         seed: Of the split, the order and the augmentation.
@@ -91,15 +92,29 @@ class CIFAR10(TensorData):
         if not self.root.exists() and self.root.suffix:
             raise UserError(f"--data.root {self.root} does not exist")
         testing = self.trainer is not None and self.trainer.state.fn in ("test", "predict")
-        self.load(train=not testing)
+        if not (testing and trees.loose_images(self.root)):
+            self.load(train=not testing)
 
     def _is_tree(self) -> bool:
-        return self.root.is_file() or (self.root / "train").is_dir()
+        return self.root.is_file() or any(trees.has_split(self.root, s) for s in trees.SPLITS)
+
+    def training_classes(self) -> tuple[str, ...]:
+        return trees.class_names(self.root / "train")
+
+    def load_val(self) -> Images | None:
+        return self._packed("val") if trees.has_own_val(self.root) else None
+
+    def load_loose(self) -> Images | None:
+        if not trees.loose_images(self.root):
+            return None
+        return sources.loose(self.root, skip_corrupt=self.skip_corrupt)
+
+    def _packed(self, split: str) -> Images:
+        return sources.packed(self.root, split, self.cache, skip_corrupt=self.skip_corrupt)
 
     def load(self, train: bool) -> Images:
         if self._is_tree():
-            split = "train" if train else "test"
-            return sources.packed(self.root, split, self.cache, skip_corrupt=self.skip_corrupt)
+            return self._packed("train" if train else "test")
         try:
             return sources.cifar(self.kind, self.root, train, self.download)
         except (RuntimeError, OSError) as error:

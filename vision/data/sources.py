@@ -1,31 +1,26 @@
 """Where small images come from: one tensor of bytes for a whole split.
 
 The built-in digits, torchvision's CIFAR and SVHN, and any tree of ``<split>/<class>/<file>``,
-in a folder or a tar archive, packed into one file the first time.
+in a folder or an archive, packed into one file the first time.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
-import lzma
-import tarfile
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision import datasets
 
 from fixup_core.errors import UserError
-from fixup_core.files import whole_file, whole_folder
+from fixup_core.files import whole_file
+from vision.data import trees
+from vision.data.pictures import CorruptImageError, read_image
 
-IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"})
 TEST_SHARE = 0.25
 """Of the built-in digits, drawn once with a fixed seed."""
 
@@ -38,18 +33,34 @@ class Images:
         images: uint8 [N, C, H, W].
         labels: int64 [N].
         classes: Their names, in the order of the labels.
+        names: Of the images' files; empty where they have none.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: Tensor) -> Images:
         """A part of the split."""
-        return Images(self.images[indices], self.labels[indices], self.classes)
+        names = tuple(self.names[i] for i in indices.tolist()) if self.names else ()
+        return Images(self.images[indices], self.labels[indices], self.classes, names)
+
+    def numbered_by(self, classes: tuple[str, ...]) -> Images:
+        """The same images, their labels counted in another list of classes.
+
+        Raises:
+            UserError: It lacks a class.
+        """
+        places = torch.tensor(trees.places_in(classes, self.classes), dtype=torch.long)
+        return replace(self, labels=places[self.labels], classes=classes)
+
+    def numbered(self) -> Images:
+        """The same images, each with its own number in place of a label."""
+        return replace(self, labels=torch.arange(len(self)))
 
 
 def digits(train: bool) -> Images:
@@ -86,7 +97,7 @@ def packed(source: Path, split: str, cache: Path, *, skip_corrupt: bool = False)
     """A split of an image tree, decoded once into one file in ``cache``.
 
     Args:
-        source: A folder, or a tar archive of one, that holds ``<split>/<class>/<file>``.
+        source: A folder, or a tar or zip archive of one, that holds ``<split>/<class>/<file>``.
         split: "train", "test", ...
         cache: Where the packed file lies; it is made anew when ``source`` has changed.
         skip_corrupt: Leave out files that are not images, instead of raising.
@@ -95,71 +106,74 @@ def packed(source: Path, split: str, cache: Path, *, skip_corrupt: bool = False)
         UserError: No such split, a class without images, images of different sizes, or a file
             that is not an image (all named).
     """
-    file = cache / f"{_key(source, split, skip_corrupt)}.pt"
-    if not file.exists():
+    file = cache / f"{trees.key(source, split, skip_corrupt)}.pt"
+    state = _cached(file)
+    if state is None:
         state = _decode(source, split, skip_corrupt)
         with whole_file(file, shared=True) as temporary:  # others may pack it too
             torch.save(state, temporary)
-    images, labels, classes = torch.load(file, weights_only=True)
-    return Images(images, labels, tuple(classes))
+    images, labels, classes, names = state
+    return Images(images, labels, tuple(classes), tuple(names))
 
 
-class CorruptImageError(UserError):
-    """A file that is not an image, or the half of one."""
-
-
-def read_image(name: str, content: bytes) -> Image.Image:
-    """The RGB image in a file's content.
+def loose(root: Path, *, skip_corrupt: bool = False) -> Images:
+    """The images of a folder without splits, which have no labels.
 
     Raises:
-        CorruptImageError: The content is not an image; the message has ``name``.
+        UserError: They differ in size, or a file is not an image.
     """
+    paths = trees.loose_images(root)
+    files = ((str(path), "", trees.read_bytes(root / path)) for path in paths)
+    images = _decoded(files, skip_corrupt).get("")
+    if not images:
+        raise UserError(f"{root} has no images, and no folders train, val or test of them")
+    names = [name for name, _ in images]
+    pixels = np.stack([pixels for _, pixels in images])
+    return Images(_channels_first(pixels), torch.arange(len(names)), (), tuple(names))
+
+
+State = tuple[Tensor, Tensor, list[str], list[str]]
+"""Images, labels, classes and names, as a packed file holds them."""
+
+
+def _cached(file: Path) -> State | None:
+    """What was packed before, unless the file is not there or damaged."""
+    if not file.exists():
+        return None
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise CorruptImageError(
-            f"{name} is not an image that can be read: remove it, or leave such files out with "
-            "--data.skip_corrupt true"
-        ) from error
+        state: State = torch.load(file, weights_only=True)
+        return state
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError):
+        return None
 
 
-def unpacked(archive: Path, cache: Path) -> Path:
-    """The folder of an archive's content, unpacked once.
+def _decode(source: Path, split: str, skip_corrupt: bool) -> State:
+    found = _decoded(trees.labelled_files(source, split), skip_corrupt)
+    if not found:
+        raise UserError(f"{source} has no images in {split}/<class>/")
+    empty = [label for label, members in found.items() if not members]
+    if empty:
+        raise UserError(f"no images of the class {empty[0]} in {source}, {split}")
+    classes = sorted(found)
+    images = np.concatenate([np.stack([p for _, p in found[label]]) for label in classes])
+    labels = torch.cat([torch.full((len(found[c]),), i) for i, c in enumerate(classes)])
+    names = [name for label in classes for name, _ in found[label]]
+    return _channels_first(images), labels, classes, names
+
+
+Files = Iterable[tuple[str, str, bytes | None]]
+Members = dict[str, list[tuple[str, np.ndarray]]]
+
+
+def _decoded(files: Files, skip_corrupt: bool) -> Members:
+    """Images of one size: the name and pixels of each, by class.
 
     Raises:
-        UserError: Not a tar archive, or a damaged one.
+        UserError: They differ in size, or a file is not an image and ``skip_corrupt`` is off.
     """
-    folder = cache / _key(archive, "tree")
-    if folder.exists():
-        return folder
-    with whole_folder(folder, shared=True) as temporary, _open(archive) as tar:
-        tar.extractall(temporary, filter="data")
-    return folder
-
-
-def _key(source: Path, *what: object) -> str:
-    """A name for what is made of ``source``, which changes with any file of it."""
-    digest = hashlib.sha256(f"{source.resolve()} {what}".encode())
-    for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
-        stat = file.stat()
-        digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return f"{source.name}-{digest.hexdigest()[:12]}"
-
-
-@contextlib.contextmanager
-def _open(archive: Path) -> Iterator[tarfile.TarFile]:
-    try:
-        with tarfile.open(archive) as tar:
-            yield tar
-    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{archive} is not a tar archive, or is damaged: {error}") from error
-
-
-def _decode(source: Path, split: str, skip_corrupt: bool) -> tuple[Tensor, Tensor, list[str]]:
-    found: dict[str, list[np.ndarray]] = {}
+    found: Members = {}
     shapes: dict[tuple[int, ...], str] = {}
-    for name, label, content in _files(source, split):
+    for name, label, content in files:
         members = found.setdefault(label, [])
         if content is None:
             continue
@@ -169,52 +183,15 @@ def _decode(source: Path, split: str, skip_corrupt: bool) -> tuple[Tensor, Tenso
             if skip_corrupt:
                 continue
             raise
-        members.append(pixels)
+        members.append((name, pixels))
         shapes.setdefault(pixels.shape, name)
-    if not found:
-        raise UserError(f"{source} has no images in {split}/<class>/")
-    empty = [label for label, members in found.items() if not members]
-    if empty:
-        raise UserError(f"no images of the class {empty[0]} in {source}, {split}")
     if len(shapes) > 1:
         raise UserError(
             f"the images differ in size ({', '.join(list(shapes.values())[:2])}): "
             "use the data module ImageFolderData, which resizes"
         )
-    classes = sorted(found)
-    images = np.concatenate([np.stack(found[label]) for label in classes])
-    labels = torch.cat([torch.full((len(found[c]),), i) for i, c in enumerate(classes)])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels, classes
+    return found
 
 
-def _files(source: Path, split: str) -> Iterator[tuple[str, str, bytes | None]]:
-    """Name, class and content of every file below ``split``; a class itself has no content."""
-    entries = _archived(source) if source.is_file() else _lying(source, split)
-    for path, content in entries:
-        parts = path.parts
-        if split not in parts[:-1]:
-            continue
-        below = parts[parts.index(split) + 1 :]
-        if len(below) == 1 and content is None:
-            yield str(path), below[0], None
-        elif len(below) == 2 and content is not None and path.suffix.lower() in IMAGE_ENDINGS:
-            yield str(path), below[0], content
-
-
-Entries = Iterable[tuple[PurePosixPath, bytes | None]]
-
-
-def _archived(source: Path) -> Entries:
-    with _open(source) as archive:
-        for member in archive:
-            reader = archive.extractfile(member) if member.isfile() else None
-            if reader or member.isdir():
-                yield PurePosixPath(member.name), reader.read() if reader else None
-
-
-def _lying(source: Path, split: str) -> Entries:
-    for path in sorted((source / split).glob("*/")):
-        yield PurePosixPath(path.relative_to(source)), None
-    for path in sorted((source / split).glob("*/*")):
-        if path.is_file():
-            yield PurePosixPath(path.relative_to(source)), path.read_bytes()
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from fixup_core import Method
 from fixup_core.errors import UserError
 from fixup_core.rules.methods import check_defined, method_named
+from vision.imports import import_object
 from vision.nets.design import Design
 from vision.nets.highway import HighwayConvNet, HighwayMLP
 from vision.nets.network import Network, write_weights_
@@ -29,6 +31,9 @@ IMAGENET_COUNTS = {
     152: (True, (3, 8, 36, 3)),
 }
 """Depth -> bottleneck or not, blocks of each stage (He et al. 2015, table 1)."""
+
+AS_IT_IS = "as_it_is"
+"""In place of a method: the weights that a network of the user's own has written."""
 
 DESIGN_OPTIONS = ("shortcut", "order", "activation", "dropout")
 RESNET_OPTIONS = (*DESIGN_OPTIONS, "in_channels", "checkpointing")
@@ -153,7 +158,10 @@ def build_net(
     Args:
         name: The family and its numbers: ``cifar_resnet<6n+2>``, ``cifar_wrn<6n+4>_<width>``,
             ``imagenet_resnet<18|34|50|101|152>``, ``highway<depth>``, ``highway_conv<depth>``.
-        method: A name in ``METHODS``, or a record.
+            Or the class path of a network of one's own, ``package.module.Class``, called with
+            ``num_classes`` and ``options``.
+        method: A name in ``METHODS``, or a record; or ``as_it_is``: the weights that a network of
+            one's own has written.
         num_classes: Of the classifier.
         batch: Images [B, C, H, W] for a method that looks at data; noise if there are none.
         options: Of the family: ``shortcut``, ``order``, ``activation``, ``dropout``,
@@ -168,6 +176,8 @@ def build_net(
             cannot take.
     """
     net = _built(name, method, num_classes=num_classes, **options)
+    if method == AS_IT_IS:
+        return net
     chosen = method_named(method)
     if chosen.unit_variance and batch is None:
         channels, size = image_of(name, **options)
@@ -178,10 +188,9 @@ def build_net(
 
 def check_net(name: str, *, method: str | Method = "fixup", **options: Any) -> None:
     """Raise what ``build_net`` would raise, without memory for weights."""
-    chosen = method_named(method)
     with torch.device("meta"):
-        net = _built(name, chosen, num_classes=10, **options)
-        if not chosen.unit_variance:
+        net = _built(name, method, num_classes=10, **options)
+        if method != AS_IT_IS and not (chosen := method_named(method)).unit_variance:
             write_weights_(net, chosen)
 
 
@@ -198,11 +207,31 @@ def image_of(name: str, **options: Any) -> tuple[int, int]:
 
 def _built(name: str, method: str | Method, **options: Any) -> Network:
     """The network, its weights not yet written."""
+    if is_class_path(name):
+        return _foreign(name, method, options)
     family, numbers = _parse(name)
     chosen = method_named(method)
     for option, value in options.items():
         _check_option(name, option, value, (*family.options, "num_classes"))
     return family.build(*numbers, method=chosen, **options)
+
+
+def is_class_path(name: str) -> bool:
+    """Whether a network is one of the user's own."""
+    return "." in name
+
+
+def _foreign(name: str, method: str | Method, options: dict[str, Any]) -> Any:
+    if method != AS_IT_IS:
+        method_named(method)
+    kind = import_object(name, "--model.net")
+    try:
+        net = kind(**options)
+    except TypeError as error:
+        raise UserError(f"{name} does not take num_classes and --model.options: {error}") from error
+    if not isinstance(net, nn.Module):
+        raise UserError(f"{name} makes no torch.nn.Module")
+    return net
 
 
 def _check_option(name: str, option: str, value: Any, known: tuple[str, ...]) -> None:
@@ -220,6 +249,8 @@ def _check_option(name: str, option: str, value: Any, known: tuple[str, ...]) ->
 
 
 def _parse(name: str) -> tuple[Family, list[int]]:
+    if is_class_path(name):
+        raise UserError(f"{name} is a network of your own: this is for the networks of build_net")
     for family in FAMILIES:
         match = re.fullmatch(family.pattern, name)
         if match:

@@ -23,7 +23,7 @@ head.fc.*                              fc.*                           fc.*
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor, nn
 
@@ -75,22 +75,43 @@ def load_reference_state_dict(net: nn.Module, state_dict: Mapping[str, Tensor]) 
         UserError: A name that has no counterpart, a parameter of ``net`` that is not there, or
             another shape.
     """
+    net.load_state_dict(own_state_dict(net, state_dict))
+
+
+def own_state_dict(
+    net: nn.Module, state_dict: Mapping[str, Tensor], *, classifier: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The entries of a state dict, of ours or of other code, under the names of ``net``.
+
+    Args:
+        net: Of the same kind and depth.
+        state_dict: Names and values.
+        classifier: Names of ``net`` that are left out where the shapes differ.
+
+    Raises:
+        UserError: A name that has no counterpart, an entry of ``net`` that is not there, or
+            another shape.
+    """
     own = net.state_dict()
-    renamed = {_own_name(_rename(name), own): value for name, value in state_dict.items()}
+    renamed = {
+        name if name in own else _own_name(_rename(name), own): value
+        for name, value in state_dict.items()
+    }
     for name, value in renamed.items():
         if name in own and value.numel() == 1:
             renamed[name] = value.reshape(own[name].shape)  # a scalar, [] or [1]
+    differing = [n for n in own if n in renamed and renamed[n].shape != own[n].shape]
     wrong = [f"{n} is missing" for n in own if n not in renamed]
     wrong += [f"{n} is of no use here" for n in renamed if n not in own]
     wrong += [
         f"{n} is {tuple(renamed[n].shape)} there, {tuple(own[n].shape)} here"
-        for n in own
-        if n in renamed and renamed[n].shape != own[n].shape
+        for n in differing
+        if n not in classifier
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"the state dict is of another network: {'; '.join(wrong[:3])}{more}")
-    net.load_state_dict(renamed)
+    return {name: value for name, value in renamed.items() if name not in differing}
 
 
 def _own_name(name: str, own: Mapping[str, Tensor]) -> str:

@@ -38,18 +38,25 @@ def lesion(
     blocks = getattr(model.net, "blocks", None)
     if blocks is None:
         raise UserError(f"{model.args.net} is not made of blocks that could be left out")
+    data.classes = model.classes
     trainer = L.Trainer(
-        accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,  # it would be one a block
     )
 
     def accuracy() -> float:
         return trainer.test(model, datamodule=data, verbose=False)[0]["test/accuracy"]
 
     rows = [(-1, accuracy())]
+    print(f"whole network: {rows[0][1]:.2%}", flush=True)
     for number, block in enumerate(blocks()):
         if block.left_out_is_defined():
             with block.left_out():
                 rows.append((number, accuracy()))
+                print(f"without block {number}: {rows[-1][1]:.2%}", flush=True)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([("block left out (-1: none)", "test accuracy"), *rows])

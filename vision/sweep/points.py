@@ -212,13 +212,13 @@ def _trainer(point: Point, recipe: Recipe) -> L.Trainer:
 def num_classes(data: VisionData) -> int:
     """The number of classes of the images."""
     data.prepare_data()
-    data.setup("test")
+    data.setup("fit")  # the training images number the classes
     return data.num_classes
 
 
 def image_options(net: str, data: VisionData) -> dict[str, Any]:
     """The network's options that depend on the images."""
-    images = getattr(data.parts["test"], "images", None)
+    images = getattr(data.parts["train"], "images", None)
     if images is None:
         return {}
     options = {"in_channels": images.size(1), "image_size": images.size(2)}

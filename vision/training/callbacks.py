@@ -1,23 +1,20 @@
-"""What a run leaves behind besides its weights: pictures and predictions."""
+"""What a run leaves behind besides its weights and its table of predictions: pictures."""
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from fixup_core.errors import UserError
 from fixup_core.measure.bounds import BoundTable, gradient_bounds
 from fixup_core.measure.flow import GradientFlow, gradient_flow, plot_flows
-from vision.data.batches import Batch
+from vision.data.batches import Batch, as_batch
 
 LEGIBLE = 32
 """Pixels; smaller images are enlarged to about this size."""
@@ -36,9 +33,10 @@ class AugmentedImages(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        if trainer.global_step > 0 or not trainer.is_global_zero:
+        dry = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.global_step > 0 or not trainer.is_global_zero or dry:
             return
-        images = batch.images[: self.count].float().cpu()
+        images = as_batch(batch).images[: self.count].float().cpu()
         times = max(1, LEGIBLE // images.size(2))
         images = images.repeat_interleave(times, 2).repeat_interleave(times, 3)
         grid = make_grid(images, nrow=8, normalize=True, padding=1)
@@ -46,56 +44,6 @@ class AugmentedImages(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("augmented", grid, 0)
-
-
-class SameOptions(Callback):
-    """A run goes on with the options it was started with: Lightning restores its old rates."""
-
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Hold the given options against the checkpoint's.
-
-        Raises:
-            UserError: One differs.
-        """
-        given = pl_module.hparams if trainer.state.fn == "fit" else {}
-        for name, value in checkpoint["hyper_parameters"].items():
-            if name in given and _plain(value) != _plain(given[name]):
-                raise UserError(
-                    f"the run was started with --model.{name} {value}: go on with the same, or "
-                    "start another in another --trainer.default_root_dir"
-                )
-
-
-class PredictionTable(Callback):
-    """Writes ``predictions.csv``: number, most likely class and its probability, for each image."""
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.world_size > 1:
-            raise UserError("predict writes one table: give it --trainer.devices 1")
-        self.batches: list[Tensor] = []
-
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Tensor,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.batches.append(outputs.cpu())
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        probabilities, classes = torch.cat(self.batches).max(dim=1)
-        file = Path(trainer.default_root_dir) / "predictions.csv"
-        with file.open("w", newline="") as table:
-            writer = csv.writer(table)
-            writer.writerow(("image", "class", "probability"))
-            rows = zip(classes.tolist(), probabilities.tolist(), strict=True)
-            writer.writerows((n, label, f"{p:.6f}") for n, (label, p) in enumerate(rows))
-        print(f"predictions of {len(classes)} images: {file}")
 
 
 class GradientFlowLogger(Callback):
@@ -120,13 +68,14 @@ class GradientFlowLogger(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        step = trainer.global_step
+        step, batch = trainer.global_step, as_batch(batch)
         if step % self.every_n_steps or step in self.flows or not len(batch.labels):
             return
         net: Any = pl_module.net
+        images = batch.images.to(pl_module.dtype)
         with trainer.precision_plugin.forward_context():
-            self.flows[step] = flow = gradient_flow(net, batch.images, batch.labels)
-            table = gradient_bounds(net, batch.images, batch.labels) if self.bounds else None
+            self.flows[step] = flow = gradient_flow(net, images, batch.labels)
+            table = gradient_bounds(net, images, batch.labels) if self.bounds else None
         values = {f"gradient/{row.path}": row.gradient_norm for row in flow}
         values |= {f"weight_gradient/{row.path}": row.weight_gradient_norm for row in flow}
         for logger in trainer.loggers:
@@ -148,7 +97,3 @@ def _bound_values(table: BoundTable | None) -> dict[str, float]:
         values[f"bounds/{row.name}/measured"] = row.measured
         values[f"bounds/{row.name}/bound"] = row.bound
     return {name: value for name, value in values.items() if math.isfinite(value)}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

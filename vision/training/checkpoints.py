@@ -6,18 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from fixup_core.errors import UserError
 from fixup_core.files import whole_file
 
 
-def checkpoint_callbacks(folder: Path, every: int) -> list[ModelCheckpoint]:
+def checkpoint_callbacks(
+    folder: Path, every: int, *, validates: bool = True
+) -> list[ModelCheckpoint]:
     """``best.ckpt``, by the accuracy on validation, and ``last.ckpt``.
 
     Args:
         folder: Of both.
         every: Save the last one after every this many steps too; 0: after every epoch alone.
+        validates: Whether there is a validation; without one there is no best.
     """
 
     def last(kind: type[ModelCheckpoint], **when: Any) -> ModelCheckpoint:
@@ -27,8 +32,10 @@ def checkpoint_callbacks(folder: Path, every: int) -> list[ModelCheckpoint]:
         folder, "best", monitor="val/accuracy", mode="max", enable_version_counter=False
     )
     # Never when a validation ends, which may be in the midst of accumulated gradients.
-    epochs = last(ModelCheckpoint, every_n_epochs=1, save_on_train_epoch_end=True)
-    return [best, epochs, *([last(MidEpochCheckpoint, every_n_train_steps=every)] if every else [])]
+    epochs = last(EpochCheckpoint, every_n_epochs=1, save_on_train_epoch_end=True)
+    stopped = last(StopCheckpoint, every_n_train_steps=1)
+    within = [last(MidEpochCheckpoint, every_n_train_steps=every)] if every else []
+    return [*([best] if validates else []), stopped, epochs, *within]
 
 
 class MidEpochCheckpoint(ModelCheckpoint):
@@ -46,6 +53,32 @@ class MidEpochCheckpoint(ModelCheckpoint):
             super().on_train_batch_end(trainer, *rest)
 
 
+class StopCheckpoint(ModelCheckpoint):
+    """Saves where --trainer.max_steps or max_time stop a run in the midst of an epoch: it goes on
+    there.
+    """
+
+    def on_train_batch_start(self, trainer: L.Trainer, *rest: Any) -> None:
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        stops = trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
+        if stops and trainer.global_step > self.step and not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *rest)
+
+
+class EpochCheckpoint(ModelCheckpoint):
+    """Saves behind every epoch, but not behind the part of one: the rest of it would be left out
+    when the run goes on.
+    """
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        others: Any = trainer.checkpoint_callbacks
+        stops = [each for each in others if isinstance(each, StopCheckpoint)]
+        if all(each._last_global_step_saved != trainer.global_step for each in stops):
+            super().on_train_epoch_end(trainer, pl_module)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Replaces a checkpoint once its successor is written, in the same folder.
 
@@ -59,6 +92,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         with whole_file(path) as temporary:
             super().save_checkpoint(checkpoint, temporary, storage_options)
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """A checkpoint of ``python -m vision fit``, its tensors on the CPU.
+
+    Raises:
+        UserError: There is no such file, or it is something else.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: give a checkpoint of python -m vision fit")
+    found = torch.load(file, map_location="cpu", weights_only=True)
+    parts = ("state_dict", "hyper_parameters")
+    if not isinstance(found, dict) or not all(isinstance(found.get(p), dict) for p in parts):
+        raise UserError(f"{file} is not a checkpoint of python -m vision fit: check the path")
+    return found
 
 
 def save_whole_files(trainer: L.Trainer) -> None:

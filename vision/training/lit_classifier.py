@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +14,23 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torchmetrics import MetricCollection
 
 from fixup_core import METHODS, SCALAR_LR_RATIO, param_groups
 from fixup_core.errors import UserError
 from vision.data import VisionData
-from vision.data.batches import Batch, mix
-from vision.nets import build_net, write_weights_
+from vision.data.batches import Batch, as_batch, mix
+from vision.nets import AS_IT_IS, build_net, is_class_path, write_weights_
+from vision.training import metrics
+from vision.training.checkpoints import read_checkpoint
+from vision.training.fine_tuning import freeze_, load_weights_
 from vision.training.mixing import blend
+from vision.training.optimizers import make_optimizer
 
 RANGES = (
     ("num_classes", 2, math.inf),
     ("lr", 0, math.inf),
+    ("momentum", 0, 1),
     ("weight_decay", 0, math.inf),
     ("warmup_epochs", 0, math.inf),
     ("label_smoothing", 0, 1),
@@ -40,11 +45,21 @@ class DivergedError(UserError):
 class LitClassifier(L.LightningModule):
     """Image classification by SGD with momentum, as the paper trains its ResNets.
 
+    Attributes:
+        classes: The names of the classes, once data or a checkpoint have said them.
+
     Args:
-        net: Name of the network, as ``vision.nets.build_net`` takes it.
-        method: batchnorm, groupnorm, zeroinit, none, xavier, lsuv, fixup or an ablation of it.
+        net: Name of the network, as ``vision.nets.build_net`` takes it, or the class path of one
+            of your own, called with num_classes and the options.
+        method: batchnorm, groupnorm, zeroinit, none, xavier, lsuv, fixup or an ablation of it;
+            ``as_it_is`` leaves the weights of a network of your own.
         num_classes: Must be the data's.
         options: More options of the network: shortcut, order, activation, in_channels, ...
+        weights: File to start from: a checkpoint of ours, or torchvision's or the authors' state
+            dict. A classifier of another number of classes starts anew.
+        freeze: Modules of the network that are not trained, as ``[stem, stages.0]``.
+        optimizer: SGD, another one of torch.optim, or a class path.
+        optimizer_options: More arguments of the optimiser.
         lr: Learning rate at its peak.
         momentum: Of SGD.
         nesterov: Nesterov's momentum.
@@ -66,6 +81,10 @@ class LitClassifier(L.LightningModule):
         method: str = "fixup",
         num_classes: int = 10,
         options: dict[str, Any] | None = None,
+        weights: str | None = None,
+        freeze: Sequence[str] = (),
+        optimizer: str = "SGD",
+        optimizer_options: dict[str, Any] | None = None,
         lr: float = 0.1,
         momentum: float = 0.9,
         nesterov: bool = False,
@@ -86,15 +105,11 @@ class LitClassifier(L.LightningModule):
         self.net = build_net(net, method=method, num_classes=num_classes, **(options or {}))
         if channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
-        self.train_metrics = MetricCollection(
-            {
-                "loss": _mean(),
-                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-            },
-            prefix="train/",
-        )
-        self.val_metrics = _metrics(num_classes, "val/")
-        self.test_metrics = _metrics(num_classes, "test/")
+        self.frozen = freeze_(self.net, freeze) if freeze else []
+        self.classes: tuple[str, ...] = ()
+        self.train_metrics = metrics.training_metrics(num_classes)
+        self.val_metrics = metrics.evaluation_metrics(num_classes, "val/")
+        self.test_metrics = metrics.evaluation_metrics(num_classes, "test/")
 
     @property
     def args(self) -> Any:
@@ -103,25 +118,49 @@ class LitClassifier(L.LightningModule):
 
     @property
     def data(self) -> VisionData:
-        """What the trainer feeds the network with."""
+        """What the trainer feeds the network with; a data module of the user's own has less."""
         return cast(Any, self.trainer).datamodule
 
     def setup(self, stage: str) -> None:
-        """Hold the data's number of classes against the network's; look at data where the
-        initialisation does.
+        """Hold the data's classes against the network's; look at data where the initialisation
+        does; start from other weights where they are given.
 
         Raises:
             UserError: They differ.
         """
-        found = self.data.num_classes
-        if found != self.args.num_classes:
+        found = getattr(self.data, "num_classes", 0)
+        if found and found != self.args.num_classes:
             raise UserError(
                 f"the data have {found} classes, --model.num_classes is "
                 f"{self.args.num_classes}: make them equal"
             )
-        new = stage == "fit" and not self.trainer.ckpt_path
-        if new and METHODS[self.args.method].unit_variance:
-            self._initialise_on_data()
+        self._name_classes(getattr(self.data, "classes", ()))
+        if stage == "fit" and not self.trainer.ckpt_path:
+            method = METHODS.get(self.args.method)
+            if method and method.unit_variance:
+                self._initialise_on_data()
+            if self.args.weights:
+                load_weights_(self.net, Path(self.args.weights))
+
+    def _name_classes(self, names: Sequence[str]) -> None:
+        """Keep the names of the classes.
+
+        Raises:
+            UserError: They had others.
+        """
+        if names and self.classes and tuple(names) != self.classes:
+            raise UserError(
+                f"the network was trained on the classes {', '.join(self.classes[:5])}, ...: the "
+                f"data have {', '.join(names[:5])}, ..."
+            )
+        self.classes = tuple(names) or self.classes
+
+    def train(self, mode: bool = True) -> LitClassifier:
+        """Frozen parts stay in evaluation mode: batch statistics would go on changing them."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def _initialise_on_data(self) -> None:
         """The same on every process: they all look at the whole first batch."""
@@ -133,9 +172,10 @@ class LitClassifier(L.LightningModule):
         """Logits [B, classes] of images [B, C, H, W]."""
         if self.args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return self.net(images)
+        return self.net(images.to(self.dtype))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        batch = as_batch(batch, mix(self.current_epoch, batch_idx))
         # Dropout follows the batch: a run that goes on draws what an uninterrupted one does.
         torch.manual_seed(mix(batch.seed, 2, self.global_rank))
         mixed = blend(batch, mixup=self.args.mixup, cutmix=self.args.cutmix)
@@ -167,16 +207,22 @@ class LitClassifier(L.LightningModule):
         """Nothing that has diverged is saved."""
         norms = [parameter.detach().norm() for parameter in self.parameters()]
         self._stop_unless_finite(torch.stack(norms), "a weight")
+        checkpoint["classes"] = list(self.classes)
         checkpoint["train_metrics"] = {
-            name: _total(metric) for name, metric in self.train_metrics.items()
+            name: metrics.total(metric) for name, metric in self.train_metrics.items()
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The metrics of an epoch cover the batches before a kill too."""
+        """The metrics of an epoch cover the batches before a kill too.
+
+        Raises:
+            UserError: The checkpoint has other classes than the data.
+        """
+        self._name_classes(checkpoint.get("classes", ()))
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         for name, total in checkpoint.get("train_metrics", {}).items() if fits else ():
             if total:
-                _go_on(self.train_metrics[name], total, self.global_rank)
+                metrics.go_on(self.train_metrics[name], total, self.global_rank)
 
     def on_train_epoch_end(self) -> None:
         if not self.train_metrics["loss"].update_called:  # the run went on at the epoch's end
@@ -204,22 +250,26 @@ class LitClassifier(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Probabilities [B, classes]."""
-        return self(batch.images).float().softmax(dim=1)
+        images = as_batch(batch).images
+        if not len(images):  # all were left out
+            return torch.empty(0, self.args.num_classes)
+        return self(images).float().softmax(dim=1)
 
-    def _evaluate(self, batch: Batch, metrics: MetricCollection) -> None:
+    def _evaluate(self, batch: Batch, scores: MetricCollection) -> None:
+        batch = as_batch(batch)
         if not len(batch.labels):  # an incomplete last batch, shared by several processes
             return
         logits = self(batch.images).float()
         # Given logits, the calibration error would take those in 0..1 for probabilities.
         probabilities = logits.softmax(dim=1)
-        for name, metric in metrics.items(keep_base=True):
+        for name, metric in scores.items(keep_base=True):
             if name == "loss":
                 metric.update(F.cross_entropy(logits, batch.labels), weight=len(logits))
             else:
                 metric.update(probabilities, batch.labels)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD with the scalars in a group of their own, its rate set before every step."""
+        """The scalars in a group of their own; the rates are set before every step."""
         args = self.args
         groups = param_groups(
             self.net,
@@ -228,11 +278,10 @@ class LitClassifier(L.LightningModule):
             weight_decay=args.weight_decay,
             scalar_weight_decay=args.scalar_weight_decay,
         )
-        optimizer = torch.optim.SGD(
-            [group for group in groups if group["params"]],
-            momentum=args.momentum,
-            nesterov=args.nesterov,
-        )
+        own = {"momentum": args.momentum, "nesterov": args.nesterov}
+        plain = args.optimizer.removeprefix("torch.optim.") == "SGD"
+        options = (own if plain else {}) | (args.optimizer_options or {})
+        optimizer = make_optimizer(args.optimizer, groups, options)
         self.steps_per_epoch = self._steps_per_epoch()
         scheduler = LambdaLR(optimizer, self.rate)
         return {
@@ -265,7 +314,11 @@ class LitClassifier(L.LightningModule):
 
     def _steps_per_epoch(self) -> int:
         """Not Lightning's estimate of all steps, which makes the loader too early to be resumed."""
-        batches = self.data.train_dataloader().limit
+        loader = self.data.train_dataloader()
+        batches = getattr(loader, "limit", None)
+        if batches is None:  # of a data module of the user's own
+            limit = cast(Any, self.trainer).limit_train_batches
+            batches = min(len(loader), limit if isinstance(limit, int) else len(loader))
         if not batches:
             raise UserError("no batch to train on: raise --trainer.limit_train_batches")
         return math.ceil(batches / self.trainer.accumulate_grad_batches)
@@ -275,49 +328,30 @@ def load_classifier(checkpoint: Path) -> LitClassifier:
     """The classifier of a checkpoint, on the CPU.
 
     Raises:
-        UserError: There is no such file.
+        UserError: There is no such file, or its network is one of the user's own, whose code a
+            checkpoint must not choose.
     """
-    if not checkpoint.is_file():
-        raise UserError(f"{checkpoint} does not exist: give a checkpoint of python -m vision fit")
-    return LitClassifier.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
-
-
-def _total(metric: Any) -> dict[str, Tensor]:
-    """The state of a metric over all processes; nothing where there is none yet."""
-    if not metric.update_called:
-        return {}
-    with metric.sync_context():
-        return {name: value.clone() for name, value in metric.metric_state.items()}
-
-
-def _go_on(metric: Any, total: dict[str, Tensor], rank: int) -> None:
-    """From the state of all processes, which the first of them takes on; all count as begun, or
-    only some would wait for the others.
-    """
-    metric._update_count = 1
-    for name, value in total.items() if rank == 0 else ():
-        setattr(metric, name, value.to(metric.device))
+    saved = read_checkpoint(checkpoint)
+    known = inspect.signature(LitClassifier).parameters
+    given = {name: value for name, value in saved["hyper_parameters"].items() if name in known}
+    if is_class_path(str(given.get("net"))):
+        raise UserError(
+            f"{checkpoint} is of {given['net']}, a network of your own: load it in Python, by "
+            "LitClassifier.load_from_checkpoint"
+        )
+    model = LitClassifier(**given)
+    model.load_state_dict(saved["state_dict"])
+    model.classes = tuple(saved.get("classes", ()))
+    return model
 
 
 def _check_ranges(args: Any) -> None:
+    if any(milestone < 0 for milestone in args.milestones):
+        raise UserError(f"--model.milestones are {list(args.milestones)}: take epochs from 0 on")
+    if args.method == AS_IT_IS and not is_class_path(args.net):
+        raise UserError(f"--model.method {AS_IT_IS} is for a network of your own, by class path")
     for name, low, high in RANGES:
         value = getattr(args, name)
         if not low <= value <= high:
             end = "upwards" if high == math.inf else f"to {high:g}"
             raise UserError(f"--model.{name} is {value}: take a number from {low:g} {end}")
-
-
-def _mean() -> MeanMetric:
-    """Lets what is no number through; its strategy "disable" would drop the weights."""
-    return MeanMetric(nan_strategy=math.nan)
-
-
-def _metrics(num_classes: int, prefix: str) -> MetricCollection:
-    metrics: dict[str, Metric | MetricCollection] = {
-        "loss": _mean(),
-        "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-        "calibration_error": MulticlassCalibrationError(num_classes),
-    }
-    if num_classes > 5:
-        metrics["accuracy_top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
-    return MetricCollection(metrics, prefix=prefix, compute_groups=False)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fixup_core.errors import UserError
-from vision.data import CIFAR10, Digits, ImageFolderData, TensorData, sources
+from vision.data import CIFAR10, Digits, ImageFolderData, TensorData, VisionData, sources, trees
 
 CIFAR_ARCHIVE = Path(__file__).parents[4] / "shared" / "data" / "cifar10-jpeg.tar.xz"
 
@@ -218,7 +218,9 @@ def test_several_processes_want_a_whole_batch() -> None:
     data = Digits(batch_size=64, train_size=32)
     data.setup("fit")
     assert len(data.train_dataloader()) == 1
-    data.trainer = SimpleNamespace(world_size=2, global_rank=0, limit_train_batches=1.0)
+    data.trainer = SimpleNamespace(
+        world_size=2, global_rank=0, limit_train_batches=1.0, overfit_batches=0
+    )
     with pytest.raises(UserError, match="32 images do not fill one batch of 64"):
         data.train_dataloader()
 
@@ -236,3 +238,173 @@ def test_all_of_cifar10_is_read(tmp_path: Path) -> None:
     assert [len(data.parts[part]) for part in ("train", "val", "test")] == [45000, 5000, 10000]
     mean = data.pixels.normalise(data.parts["train"].images[:5000]).mean().item()
     assert abs(mean) < 0.05
+
+
+def _tree_of(root: Path, **classes: tuple[str, ...]) -> Path:
+    """Four 8x8 images in every class of every split."""
+    for split, labels in classes.items():
+        for label in labels:
+            (root / split / label).mkdir(parents=True)
+            for i in range(4):
+                colour = (60 * i, 40 * (ord(label[0]) - 97), 0)
+                Image.new("RGB", (8, 8), colour).save(root / split / label / f"{i}.png")
+    return root
+
+
+def _modules(root: Path, cache: Path) -> list[VisionData]:
+    return [
+        CIFAR10(root=root, val_size=2, batch_size=4, cache=cache),
+        ImageFolderData(root, val_size=2, batch_size=4, image_size=8, workers=0),
+    ]
+
+
+def _labels(data: VisionData, part: str) -> list[int]:
+    return [label for batch in data.loader(part) for label in batch.labels.tolist()]
+
+
+def test_a_test_set_is_numbered_by_the_training_classes(tmp_path: Path) -> None:
+    tree = _tree_of(tmp_path / "t", train=("a", "b", "c"), test=("b", "c"))
+    for data in _modules(tree, tmp_path / "cache"):
+        data.setup("fit"), data.setup("test")
+        assert data.classes == ("a", "b", "c")
+        assert _labels(data, "test") == [1] * 4 + [2] * 4
+    for data in _modules(tree, tmp_path / "cache"):  # as a checkpoint says it
+        data.classes = ("c", "b", "a")
+        data.setup("test")
+        assert sorted(_labels(data, "test")) == [0] * 4 + [1] * 4 and data.num_classes == 3
+
+
+def test_a_test_set_of_other_classes_is_refused(tmp_path: Path) -> None:
+    tree = _tree_of(tmp_path / "t", train=("a", "b", "c"), test=("b", "c", "d"))
+    for data in _modules(tree, tmp_path / "cache"):
+        data.setup("fit")
+        with pytest.raises(UserError, match=r"does not have \(d\); it has 3: a, b, c"):
+            data.setup("test")
+
+
+def test_val_is_the_validation_set_where_there_is_a_test_set_too(tmp_path: Path) -> None:
+    tree = _tree_of(tmp_path / "t", train=("a", "b"), val=("b",), test=("a",))
+    for data in _modules(tree, tmp_path / "cache"):
+        data.setup("fit"), data.setup("test")
+        assert _labels(data, "val") == [1] * 4 and len(data.parts["train"]) == 8
+        assert _labels(data, "test") == [0] * 4
+    shutil.rmtree(tree / "test")
+    data = _modules(tree, tmp_path / "cache")[1]
+    data.setup("fit"), data.setup("test")
+    assert len(data.parts["val"]) == 2 and _labels(data, "test") == [1] * 4
+
+
+def test_hidden_folders_and_files_are_no_part_of_a_tree(tmp_path: Path) -> None:
+    tree = _tree_of(tmp_path / "t", train=("a", "b"))
+    for folder in (tree / "train", tree / "train" / "a"):
+        (folder / ".ipynb_checkpoints").mkdir()
+        shutil.copy(tree / "train/a/0.png", folder / ".ipynb_checkpoints" / "0-checkpoint.png")
+    for data in _modules(tree, tmp_path / "cache"):
+        data.setup("fit")
+        assert data.classes == ("a", "b") and len(data.parts["train"]) == 6
+
+
+def test_a_folder_without_labels_can_be_predicted(tmp_path: Path) -> None:
+    _tree_of(tmp_path, photos=("a", "b"))
+    for data in _modules(tmp_path / "photos", tmp_path / "cache"):
+        data.prepare_data() if isinstance(data, ImageFolderData) else None
+        data.setup("predict")
+        assert data.names[:2] == ("a/0.png", "a/1.png") and _labels(data, "predict") == [*range(8)]
+        with pytest.raises(UserError):
+            data.setup("fit")
+
+
+def test_images_that_are_left_out_keep_the_numbers_of_the_others(tmp_path: Path) -> None:
+    _tree_of(tmp_path, photos=("a",))
+    (tmp_path / "photos/a/1.png").write_bytes(b"no image")
+    for data in _modules(tmp_path / "photos", tmp_path / "cache"):
+        data.skip_corrupt = True
+        data.setup("predict")
+        chosen = [data.names[number] for number in _labels(data, "predict")]
+        assert chosen == ["a/0.png", "a/2.png", "a/3.png"]
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_an_archive_may_have_one_folder_at_its_top(kind: str, tree: Path, tmp_path: Path) -> None:
+    file = shutil.make_archive(str(tmp_path / "packed"), kind, tree.parent, tree.name)
+    for data in _modules(Path(file), tmp_path / "cache"):
+        data.cache = tmp_path / "cache"
+        data.prepare_data() if isinstance(data, ImageFolderData) else None
+        data.setup("fit")
+        assert data.classes == ("cat", "dog") and len(data.parts["train"]) == 10
+
+
+def test_a_refused_archive_leaves_nothing_behind(tmp_path: Path) -> None:
+    file = tmp_path / "evil.tar"
+    with tarfile.open(file, "w") as tar:
+        (tmp_path / "x").write_text("x")
+        tar.add(tmp_path / "x", "train/a/x.png"), tar.add(tmp_path / "x", "../../out")
+    with pytest.raises(UserError, match="is not a tar archive, or is damaged"):
+        trees.unpacked(file, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_flat_images_are_explained(tmp_path: Path) -> None:
+    tree = _tree_of(tmp_path / "t", train=("a",))
+    (tree / "val").mkdir()
+    shutil.copy(tree / "train/a/0.png", tree / "val" / "0.JPEG")
+    with pytest.raises(UserError, match="sort the images into a folder for each class"):
+        ImageFolderData(tree).setup("test")
+
+
+def test_linked_folders_are_packed_anew_and_dangling_links_are_no_images(tmp_path: Path) -> None:
+    tree = _tree_of(tmp_path / "t", train=("a",))
+    other = _tree_of(tmp_path / "o", train=("b",))
+    (tree / "train" / "b").symlink_to(other / "train" / "b")
+    before = sources.packed(tree, "train", tmp_path / "c").images
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(other / "train/b/0.png")
+    assert not torch.equal(before, sources.packed(tree, "train", tmp_path / "c").images)
+    (tree / "train/a/9.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"a/9\.png is not an image"):
+        sources.packed(tree, "train", tmp_path / "c")
+    assert len(sources.packed(tree, "train", tmp_path / "c", skip_corrupt=True)) == 8
+
+
+def test_a_damaged_cache_is_made_anew(tree: Path, tmp_path: Path) -> None:
+    before = sources.packed(tree, "train", tmp_path / "c")
+    (file,) = (tmp_path / "c").iterdir()
+    file.write_bytes(file.read_bytes()[:500])
+    assert sources.packed(tree, "train", tmp_path / "c").images.equal(before.images)
+
+
+def test_overfitting_sees_the_same_plain_images_every_epoch(tmp_path: Path) -> None:
+    tree = _tree_of(tmp_path / "t", train=("a", "b"))
+
+    def epochs(data: VisionData, overfit: int) -> list[torch.Tensor]:
+        data.trainer = SimpleNamespace(
+            world_size=1,
+            global_rank=0,
+            limit_train_batches=1,
+            overfit_batches=overfit,
+            training=True,
+        )
+        data.setup("fit")
+        loader = data.train_dataloader()
+        batches = [next(iter(loader)) for _ in range(2)]
+        return [data.on_after_batch_transfer(batch, 0).images for batch in batches]
+
+    for data in _modules(tree, tmp_path / "cache"):
+        assert torch.equal(*epochs(data, 1))
+    for data in _modules(tree, tmp_path / "cache"):
+        assert not torch.equal(*epochs(data, 0))
+
+
+def test_one_image_can_be_predicted(tmp_path: Path) -> None:
+    _tree_of(tmp_path, photos=("a",))
+    data = ImageFolderData(tmp_path / "photos/a/2.png", image_size=8, workers=0)
+    data.prepare_data(), data.setup("predict")
+    assert data.names == ("2.png",) and _labels(data, "predict") == [0]
+
+
+def test_a_test_set_is_numbered_by_the_training_folders_though_they_were_not_read(
+    tmp_path: Path,
+) -> None:
+    tree = _tree_of(tmp_path / "t", train=("a", "b", "c"), test=("b", "c"))
+    for data in _modules(tree, tmp_path / "cache"):
+        data.setup("test")
+        assert data.num_classes == 3 and _labels(data, "test") == [1] * 4 + [2] * 4

@@ -1,0 +1,74 @@
+"""A run goes on under the conditions it was started with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from fixup_core.errors import UserError
+
+TRAINER_OPTIONS = (
+    "accumulate_grad_batches",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "limit_train_batches",
+    "overfit_batches",
+    "precision",
+)
+"""Of the trainer, that decide the weights; how long it trains may change."""
+
+
+class SameOptions(Callback):
+    """Keeps the run's conditions in its checkpoints, and holds those of a run that goes on against
+    them: Lightning would take the new batches and restore the old rates.
+
+    Args:
+        seed: Of the weights, as --seed_everything has it.
+    """
+
+    def __init__(self, seed: int | bool | None = None) -> None:
+        self.seed = seed
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["conditions"] = self._conditions(trainer)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Hold the given options against the checkpoint's; older checkpoints have fewer.
+
+        Raises:
+            UserError: One differs.
+        """
+        if trainer.state.fn != "fit":
+            return
+        model = {f"--model.{name}": value for name, value in pl_module.hparams.items()}
+        before = {
+            f"--model.{name}": value for name, value in checkpoint["hyper_parameters"].items()
+        }
+        _compare(before, model)
+        _compare(checkpoint.get("conditions", {}), self._conditions(trainer))
+
+    def _conditions(self, trainer: L.Trainer) -> dict[str, Any]:
+        """Option and value, plain enough for a checkpoint."""
+        describe = getattr(trainer.datamodule, "description", dict)  # type: ignore[attr-defined]
+        data = {"--data" if k == "data" else f"--data.{k}": v for k, v in describe().items()}
+        options = {f"--trainer.{name}": getattr(trainer, name) for name in TRAINER_OPTIONS}
+        return {"--seed_everything": self.seed} | data | options
+
+
+def _compare(before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in before.items():
+        if name in now and _plain(value) != _plain(now[name]):
+            raise UserError(
+                f"the run was started with {name} {value}, not {now[name]}: go on with the same, "
+                "or start another in another --trainer.default_root_dir"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
