@@ -65,7 +65,8 @@ class LitClassifier(L.LightningModule):
         momentum: Of SGD.
         nesterov: Nesterov's momentum.
         weight_decay: Of the weights.
-        scalar_lr_ratio: Learning rate of the scalars divided by that of the weights.
+        scalar_lr_ratio: Learning rate of the scalars divided by that of the weights. Differs: in
+            the authors' code the classifier's bias learns at the scalars' rate, too.
         scalar_weight_decay: Of the scalars; none: as of the weights.
         schedule: ``step``: a tenth at every milestone. ``cosine``: to 0. ``constant``.
         milestones: Epochs at which the rate falls to a tenth.
