@@ -64,9 +64,12 @@ def take_options(options: Any) -> tuple[str, ...]:
     net, given = trained.get("net", options.model.net), options.model.net
     if is_class_path(str(net)) and net != given:
         raise UserError(f"the checkpoint's network is {net}: give it as --model.net")
+    before = options.model.clone()
     for name, value in trained.items():
         if name in options.model:
             options.model[name] = value
-    if net != given:
-        print(f"the checkpoint's network: {net}, method {options.model.method}")
+    changed = [name for name in ("net", "method", "options") if trained.get(name) != before[name]]
+    if changed:
+        said = ", ".join(f"{name} {options.model[name]}" for name in changed)
+        print(f"taken from the checkpoint: {said}")
     return tuple(checkpoint.get("classes", ()))

@@ -42,6 +42,8 @@ NEEDLESS = (
     "Checkpoint directory .* exists and is not empty",
     # Scores of a run's checkpoint in another folder.
     "The dirpath has changed from",
+    # Of a checkpoint that holds the average in the place of the weights.
+    "You're using the WeightAveraging callback, but loading",
     # What --model.freeze asks for.
     r"Found .* module\(s\) in eval mode",
     # Nothing a user could mend.

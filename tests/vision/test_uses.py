@@ -189,6 +189,7 @@ def test_fine_tuning_keeps_the_body_and_makes_a_new_classifier(tree: Tree, tmp_p
         (("--model.milestones", "[-5]"), "take epochs from 0 on"),
         (("--data.crop", "-1"), "--data.crop is -1"),
         (("--data.train_size", "-1"), "--data.train_size is -1"),
+        (("--data.batch_size", "0"), "--data.batch_size is 0: take 1 or more"),
         (("--seed_everything", "-1"), "--seed_everything is -1"),
         (("--trainer.accumulate_grad_batches", "0"), "take 1 or more"),
     ],

@@ -102,7 +102,9 @@ class BatchOrder(Sampler[list[int]]):
     ) -> None:
         if size < 1:
             raise UserError("there are no images")
-        if batch_size < 1 or batch_size % world_size:
+        if batch_size < 1:
+            raise UserError(f"--data.batch_size is {batch_size}: take 1 or more")
+        if batch_size % world_size:
             raise UserError(
                 f"a batch of {batch_size} cannot be shared by {world_size} processes: make "
                 "--data.batch_size a multiple of their number"

@@ -93,9 +93,9 @@ def own_state_dict(
             another shape.
     """
     own = net.state_dict()
+    ours = any(name in own for name in state_dict)
     renamed = {
-        name if name in own else _own_name(_rename(name), own): value
-        for name, value in state_dict.items()
+        name if ours else _own_name(_rename(name), own): value for name, value in state_dict.items()
     }
     for name, value in renamed.items():
         if name in own and value.numel() == 1:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image, ImageDraw
+from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from fixup_core.errors import UserError
@@ -16,15 +21,15 @@ from fixup_core.measure.bounds import BoundTable, gradient_bounds
 from fixup_core.measure.flow import GradientFlow, gradient_flow, plot_flows
 from vision.data.batches import Batch, as_batch
 
-LEGIBLE = 32
-"""Pixels; smaller images are enlarged to about this size."""
+LEGIBLE, CAPTION = 96, 14
+"""Pixels: smaller images are enlarged to about this size; the height of the class below each."""
 
 
 class AugmentedImages(Callback):
     """Writes the first training batch as the network sees it: ``augmented.png``, and TensorBoard.
 
     Args:
-        count: So many images of it.
+        count: Images of it.
     """
 
     def __init__(self, count: int = 64) -> None:
@@ -36,14 +41,34 @@ class AugmentedImages(Callback):
         dry = trainer.fast_dev_run  # type: ignore[attr-defined]
         if trainer.global_step > 0 or not trainer.is_global_zero or dry:
             return
-        images = as_batch(batch).images[: self.count].float().cpu()
-        times = max(1, LEGIBLE // images.size(2))
-        images = images.repeat_interleave(times, 2).repeat_interleave(times, 3)
-        grid = make_grid(images, nrow=8, normalize=True, padding=1)
+        first = as_batch(batch)
+        names: Any = getattr(pl_module, "classes", ())
+        labels = first.labels[: self.count].tolist()
+        captions = [names[label] if names else str(label) for label in labels]
+        grid = captioned_grid(first.images[: self.count].float().cpu(), captions)
         save_image(grid, Path(trainer.default_root_dir) / "augmented.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("augmented", grid, 0)
+
+
+def captioned_grid(images: Tensor, captions: Sequence[str]) -> Tensor:
+    """A picture [3, H, W] in 0..1 of images [B, C, H, W], eight in a row, a word below each."""
+    times = max(1, LEGIBLE // images.size(2))
+    large = images.repeat_interleave(times, 2).repeat_interleave(times, 3)
+    if large.size(1) != 3:
+        large = large[:, :1].expand(-1, 3, -1, -1)
+    low, high = large.min(), large.max()
+    large = (large - low) / (high - low).clamp(min=1e-6)
+    strips = torch.stack([_written(text, large.size(3)) for text in captions])
+    return make_grid(torch.cat([large, strips], dim=2), nrow=8, padding=2, pad_value=1.0)
+
+
+def _written(text: str, width: int) -> Tensor:
+    """Black on white, [3, CAPTION, width]."""
+    strip = Image.new("RGB", (width, CAPTION), "white")
+    ImageDraw.Draw(strip).text((2, 1), text, fill="black")
+    return torch.from_numpy(np.array(strip)).permute(2, 0, 1) / 255
 
 
 class GradientFlowLogger(Callback):

@@ -26,6 +26,7 @@ from vision.training.checkpoints import read_checkpoint
 from vision.training.fine_tuning import freeze_, load_weights_
 from vision.training.mixing import blend
 from vision.training.optimizers import make_optimizer
+from vision.training.schedule import rate_at, steps_per_epoch
 
 RANGES = (
     ("num_classes", 2, math.inf),
@@ -64,7 +65,8 @@ class LitClassifier(L.LightningModule):
         momentum: Of SGD.
         nesterov: Nesterov's momentum.
         weight_decay: Of the weights.
-        scalar_lr_ratio: Learning rate of the scalars divided by that of the weights.
+        scalar_lr_ratio: Learning rate of the scalars divided by that of the weights. Differs: in
+            the authors' code the classifier's bias learns at the scalars' rate, too.
         scalar_weight_decay: Of the scalars; none: as of the weights.
         schedule: ``step``: a tenth at every milestone. ``cosine``: to 0. ``constant``.
         milestones: Epochs at which the rate falls to a tenth.
@@ -282,7 +284,7 @@ class LitClassifier(L.LightningModule):
         plain = args.optimizer.removeprefix("torch.optim.") == "SGD"
         options = (own if plain else {}) | (args.optimizer_options or {})
         optimizer = make_optimizer(args.optimizer, groups, options)
-        self.steps_per_epoch = self._steps_per_epoch()
+        self.steps_per_epoch = steps_per_epoch(self.trainer, self.data)
         scheduler = LambdaLR(optimizer, self.rate)
         return {
             "optimizer": optimizer,
@@ -291,37 +293,7 @@ class LitClassifier(L.LightningModule):
 
     def rate(self, step: int) -> float:
         """The learning rate of a step over the peak rate, in 0..1."""
-        args, epoch = self.args, step / self.steps_per_epoch
-        ahead = (step + 1) / self.steps_per_epoch  # the first step learns something too
-        warm = min(1.0, ahead / args.warmup_epochs) if args.warmup_epochs else 1.0
-        if args.schedule == "step":
-            return warm * 0.1 ** sum(epoch >= milestone for milestone in args.milestones)
-        if args.schedule == "cosine":
-            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self._all_steps())))
-        return warm
-
-    def _all_steps(self) -> int:
-        """Where the training ends.
-
-        Raises:
-            UserError: Nowhere.
-        """
-        epochs, steps = self.trainer.max_epochs or -1, self.trainer.max_steps
-        limits = [limit for limit in (epochs * self.steps_per_epoch, steps) if limit > 0]
-        if not limits:
-            raise UserError("--model.schedule cosine needs an end: set --trainer.max_epochs")
-        return min(limits)
-
-    def _steps_per_epoch(self) -> int:
-        """Not Lightning's estimate of all steps, which makes the loader too early to be resumed."""
-        loader = self.data.train_dataloader()
-        batches = getattr(loader, "limit", None)
-        if batches is None:  # of a data module of the user's own
-            limit = cast(Any, self.trainer).limit_train_batches
-            batches = min(len(loader), limit if isinstance(limit, int) else len(loader))
-        if not batches:
-            raise UserError("no batch to train on: raise --trainer.limit_train_batches")
-        return math.ceil(batches / self.trainer.accumulate_grad_batches)
+        return rate_at(self.args, step, self.steps_per_epoch, self.trainer)
 
 
 def load_classifier(checkpoint: Path) -> LitClassifier:
