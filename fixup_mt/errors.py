@@ -51,6 +51,7 @@ KNOWN: tuple[Advice, ...] = (
     (AssertionError, "world size is .* available devices", "{error}: --distributed-world-size"),
     (FileNotFoundError, "Dataset not found", "{error}: run fairseq-preprocess for this split"),
     (AssertionError, "Source and target must contain", "{error}: prepare the data again"),
+    (AssertionError, "^(Criterion|Optimizer) does not match", "{error}"),
     (AssertionError, "--replace-unk requires", "{error}, or fairseq-interactive"),
     (
         Exception,

@@ -85,6 +85,14 @@ def copy_checkpoints_atomically(original: Any) -> Any:
     return copy
 
 
+@patch("fairseq.checkpoint_utils:_torch_persistent_save", "obj f")
+def save_once(original: Any) -> Any:
+    """On a full disk fairseq tries three times, behind what it has written into the same file, and
+    logs three tracebacks before it gives up.
+    """
+    return lambda obj, f: torch.save(obj, f)
+
+
 @patch("fairseq.nan_detector:NanDetector.__init__", "self model forward backward")
 def keep_the_nan_detector_alive(original: Any) -> Any:
     """Its backward hooks die of the encoder's dict of lists and hide the divergence they report.
@@ -303,6 +311,7 @@ REPAIRS: tuple[Patch, ...] = (
     run_no_code_of_a_checkpoint,
     keep_archives_in_their_folder,
     copy_checkpoints_atomically,
+    save_once,
     keep_the_nan_detector_alive,
     name_the_bad_gradients,
     keep_the_last_batch,

@@ -44,6 +44,8 @@ def _raised(inner: BaseException, outer: BaseException) -> BaseException:
         (FileNotFoundError("Dataset not found: train (bin)"), "Dataset not found: train (bin)"),
         (FileNotFoundError(2, "No such file", "/data/x"), "/data/x does not exist"),
         (IndexError("index out of range in self"), "beyond the dictionary"),
+        (AssertionError("Criterion does not match; please reset the optimizer"), "please reset"),
+        (ValueError('Incorrect dictionary format, expected: "x"'), "dict.*.txt of the data"),
         (UserError("do this"), "do this"),
     ],
 )
