@@ -108,6 +108,13 @@ def test_a_metric_that_nobody_computes_is_told_at_the_start(metric: str, lacks: 
     check_options(Namespace(best_checkpoint_metric=metric))
 
 
+def test_a_training_wants_an_optimiser() -> None:
+    with pytest.raises(UserError, match="--optimizer is required"):
+        check_options(Namespace(optimizer=None, max_epoch=0))
+    check_options(Namespace(optimizer="adam", max_epoch=0))
+    check_options(Namespace(optimizer=None))
+
+
 def _dies_of(raised: str, status: int) -> list[str]:
     code = f"from fixup_mt.errors import *\ninstall_hook()\nraise {raised}"
     done = subprocess.run(

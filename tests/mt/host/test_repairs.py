@@ -302,6 +302,32 @@ class _DictOfLists(nn.Module):
         return {"out": [self.linear(x)], "empty": []}
 
 
+class _Full(io.BytesIO):
+    """A file on a full disk; it counts how often it was tried."""
+
+    tried = 0
+
+    def write(self, data: Any) -> int:
+        self.tried += 1
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_told_at_once_and_once(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(Exception, match=r"No space left|unexpected pos|enforce fail"):
+        checkpoint_utils._torch_persistent_save({"model": {}}, _Full())
+    assert not caplog.records
+
+
+def test_a_checkpoint_without_a_model_is_told(trained: Path, data_bin: Path, tmp_path) -> None:
+    state = torch.load(trained / "checkpoint_best.pt", weights_only=True)
+    del state["model"]
+    torch.save(state, tmp_path / "cut.pt")
+    with pytest.raises(UserError, match=r"no model in .*cut\.pt"):
+        checkpoint_utils.load_model_ensemble_and_task(
+            [str(tmp_path / "cut.pt")], arg_overrides={"data": str(data_bin)}
+        )
+
+
 def test_the_nan_detector_survives_an_encoders_output(caplog: pytest.LogCaptureFixture) -> None:
     model = _DictOfLists()
     with caplog.at_level(logging.WARNING), NanDetector(model):
