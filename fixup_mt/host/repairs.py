@@ -215,6 +215,9 @@ def find_the_restore_file(original: Any) -> Any:
 
     def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
         name, folder = cfg.restore_file, cfg.save_dir
+        given = getattr(cfg, "finetune_from_model", None)
+        if given and "://" not in given and _of_rank(given, trainer).is_dir():
+            raise UserError(f"--finetune-from-model: {given} is a folder: give a file in it")
         if folder is not None and name not in (None, "checkpoint_last.pt"):
             cfg.restore_file = name = _restore_file(name, Path(folder, name), trainer)
         if folder is not None and isinstance(trainer, Trainer):

@@ -138,7 +138,7 @@ assert state() == before
 def _parses_a_command(tail: str) -> str:
     return (
         "import sys; from fairseq import options\n"
-        "sys.argv = ['train', 'data', '--arch', 'transformer_fixup_tiny']\n"
+        "sys.argv = 'train data --arch transformer_fixup_tiny --optimizer adam'.split()\n"
         "options.parse_args_and_arch(options.get_training_parser())\n" + tail
     )
 
@@ -168,7 +168,8 @@ def test_the_hook_is_installed_once_and_for_commands_alone(monkeypatch) -> None:
     parser = options.get_training_parser()
     options.parse_args_and_arch(parser, ["data", "--arch", "transformer_fixup_tiny"])
     assert sys.excepthook is sys.__excepthook__
-    monkeypatch.setattr(sys, "argv", ["train", "data", "--arch", "transformer_fixup_tiny"])
+    line = "train data --arch transformer_fixup_tiny --optimizer adam"
+    monkeypatch.setattr(sys, "argv", line.split())
     options.parse_args_and_arch(options.get_training_parser())
     hook = sys.excepthook
     assert hook is not sys.__excepthook__
@@ -378,6 +379,19 @@ def test_a_restore_file_is_found_beside_the_checkpoints(tmp_path: Path, restored
     missing = SimpleNamespace(restore_file="nowhere.pt", save_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"neither nowhere\.pt nor"):
         checkpoint_utils.load_checkpoint(missing, trainer)
+
+
+def test_a_folder_to_fine_tune_from_is_refused(tmp_path: Path, restored) -> None:
+    """fairseq passes it over, and trains from scratch."""
+    (tmp_path / "file.pt").touch()
+    trainer = SimpleNamespace(checkpoint_suffix="")
+    cfg = SimpleNamespace(restore_file="checkpoint_last.pt", save_dir=str(tmp_path / "run"))
+    cfg.finetune_from_model = str(tmp_path / "file.pt")
+    checkpoint_utils.load_checkpoint(cfg, trainer)
+    cfg.finetune_from_model = str(tmp_path)
+    with pytest.raises(UserError, match="--finetune-from-model: .* is a folder"):
+        checkpoint_utils.load_checkpoint(cfg, trainer)
+    assert len(restored) == 1
 
 
 def test_a_restore_file_may_have_the_suffix_of_the_run(tmp_path: Path, restored) -> None:
