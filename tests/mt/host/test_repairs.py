@@ -382,14 +382,14 @@ def test_a_restore_file_is_found_beside_the_checkpoints(tmp_path: Path, restored
 
 
 def test_a_folder_to_fine_tune_from_is_refused(tmp_path: Path, restored) -> None:
-    """fairseq passes it over, and trains from scratch."""
+    """It is passed over, and fairseq trains from scratch."""
     (tmp_path / "file.pt").touch()
     trainer = SimpleNamespace(checkpoint_suffix="")
     cfg = SimpleNamespace(restore_file="checkpoint_last.pt", save_dir=str(tmp_path / "run"))
     cfg.finetune_from_model = str(tmp_path / "file.pt")
     checkpoint_utils.load_checkpoint(cfg, trainer)
     cfg.finetune_from_model = str(tmp_path)
-    with pytest.raises(UserError, match="--finetune-from-model: .* is a folder"):
+    with pytest.raises(UserError, match=r"--finetune-from-model: .* is a folder"):
         checkpoint_utils.load_checkpoint(cfg, trainer)
     assert len(restored) == 1
 
