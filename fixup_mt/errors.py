@@ -51,6 +51,7 @@ KNOWN: tuple[Advice, ...] = (
     (AssertionError, "world size is .* available devices", "{error}: --distributed-world-size"),
     (FileNotFoundError, "Dataset not found", "{error}: run fairseq-preprocess for this split"),
     (AssertionError, "Source and target must contain", "{error}: prepare the data again"),
+    (AssertionError, "^(Criterion|Optimizer) does not match", "{error}"),
     (AssertionError, "--replace-unk requires", "{error}, or fairseq-interactive"),
     (
         Exception,
@@ -104,6 +105,8 @@ def check_options(args: Any) -> None:
                 f"{_flag(name)} wants a GPU: on a CPU use --fixup-autocast bf16, an option of "
                 "the architectures transformer_fixup and transformer_fixup_lm"
             )
+    if hasattr(args, "max_epoch") and getattr(args, "optimizer", "") is None:
+        raise UserError("--optimizer is required: adam, or another of fairseq's")
     metric = getattr(args, "best_checkpoint_metric", None)
     if metric == "bleu" and not getattr(args, "eval_bleu", True):
         raise UserError("--best-checkpoint-metric bleu wants --eval-bleu, which computes it")

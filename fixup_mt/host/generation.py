@@ -83,8 +83,13 @@ def refuse_weights_that_are_no_numbers(original: Any) -> Any:
     """With a weight that is NaN, no translation ends, and an assertion about lengths fails."""
 
     def load_model_ensemble_and_task(*args: Any, **kwargs: Any) -> Any:
-        models, *rest = original(*args, **kwargs)
         files = arguments(original, *args, **kwargs)["filenames"]
+        try:
+            models, *rest = original(*args, **kwargs)
+        except KeyError as error:
+            if error.args != ("model",):
+                raise
+            raise UserError(f"no model in {', '.join(files)}: give a checkpoint") from error
         for model, file in zip(models, files, strict=False):
             bad = [n for n, weight in model.named_parameters() if not weight.isfinite().all()]
             if bad:

@@ -85,6 +85,14 @@ def copy_checkpoints_atomically(original: Any) -> Any:
     return copy
 
 
+@patch("fairseq.checkpoint_utils:_torch_persistent_save", "obj f")
+def save_once(original: Any) -> Any:
+    """On a full disk fairseq tries three times, behind what it has written into the same file, and
+    logs three tracebacks before it gives up.
+    """
+    return lambda obj, f: torch.save(obj, f)
+
+
 @patch("fairseq.nan_detector:NanDetector.__init__", "self model forward backward")
 def keep_the_nan_detector_alive(original: Any) -> Any:
     """Its backward hooks die of the encoder's dict of lists and hide the divergence they report.
@@ -207,6 +215,9 @@ def find_the_restore_file(original: Any) -> Any:
 
     def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
         name, folder = cfg.restore_file, cfg.save_dir
+        given = getattr(cfg, "finetune_from_model", None)
+        if given and "://" not in given and _of_rank(given, trainer).is_dir():
+            raise UserError(f"--finetune-from-model: {given} is a folder: give a file in it")
         if folder is not None and name not in (None, "checkpoint_last.pt"):
             cfg.restore_file = name = _restore_file(name, Path(folder, name), trainer)
         if folder is not None and isinstance(trainer, Trainer):
@@ -303,6 +314,7 @@ REPAIRS: tuple[Patch, ...] = (
     run_no_code_of_a_checkpoint,
     keep_archives_in_their_folder,
     copy_checkpoints_atomically,
+    save_once,
     keep_the_nan_detector_alive,
     name_the_bad_gradients,
     keep_the_last_batch,

@@ -153,10 +153,13 @@ def check_data(path: str, impl: str) -> None:
 
 @patch("fairseq.options:add_preprocess_args", "parser")
 def explain_mistakes_in_text(original: Any) -> Any:
-    """What ``fairseq-preprocess`` cannot read is one line, as everywhere."""
+    """What ``fairseq-preprocess`` cannot read is one line, as everywhere. Its parser is all that it
+    asks for, as others may who use fairseq from Python.
+    """
 
     def add_preprocess_args(parser: Any) -> Any:
-        install_hook(parser)
+        if Path(sys.argv[0]).stem in ("preprocess", "fairseq-preprocess"):
+            install_hook(parser)
         return original(parser)
 
     return add_preprocess_args

@@ -1,5 +1,10 @@
 """A Transformer for CTranslate2: its ``Translator``, or its ``Generator`` for a language model.
 
+A language model goes on with a text that begins with the end of the one before it::
+
+    generator = ctranslate2.Generator("folder")
+    generator.generate_batch([["</s>", "a", "piece"]], max_length=50)
+
 That engine drops a layer's residual silently where it has no norm, so every norm is an RMS norm
 with an epsilon of 2^30 and a gain of its root: the identity, to the last digits of float32.
 """

@@ -23,10 +23,10 @@ def attack(count: int, seed: int, folder: Path) -> tuple[int, int]:
     held = total = 0
     for half in halves(folder / "bin"):
         counted = folder / "counted"
+        counted.unlink(missing_ok=True)
         whole = run(half.line(folder / half.name), _at_writes(folder, counted))
         assert whole.status == 0, whole.error[-2000:]
         writes = counted.stat().st_size
-        counted.unlink()
         chosen = sorted(rng.sample(range(1, writes + 1), min(count, writes)))
         ends = [_resumes(half, folder, number) for number in chosen]
         print(f"{half.name}: {sum(ends)}/{len(ends)} of {writes} writes resumed bit-equal")

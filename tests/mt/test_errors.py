@@ -44,6 +44,8 @@ def _raised(inner: BaseException, outer: BaseException) -> BaseException:
         (FileNotFoundError("Dataset not found: train (bin)"), "Dataset not found: train (bin)"),
         (FileNotFoundError(2, "No such file", "/data/x"), "/data/x does not exist"),
         (IndexError("index out of range in self"), "beyond the dictionary"),
+        (AssertionError("Criterion does not match; please reset the optimizer"), "please reset"),
+        (ValueError('Incorrect dictionary format, expected: "x"'), "dict.*.txt of the data"),
         (UserError("do this"), "do this"),
     ],
 )
@@ -104,6 +106,13 @@ def test_a_metric_that_nobody_computes_is_told_at_the_start(metric: str, lacks: 
         check_options(Namespace(best_checkpoint_metric=metric, **{lacks: False}))
     check_options(Namespace(best_checkpoint_metric=metric, **{lacks: True}))
     check_options(Namespace(best_checkpoint_metric=metric))
+
+
+def test_a_training_wants_an_optimiser() -> None:
+    with pytest.raises(UserError, match="--optimizer is required"):
+        check_options(Namespace(optimizer=None, max_epoch=0))
+    check_options(Namespace(optimizer="adam", max_epoch=0))
+    check_options(Namespace(optimizer=None))
 
 
 def _dies_of(raised: str, status: int) -> list[str]:

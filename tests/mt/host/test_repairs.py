@@ -157,7 +157,7 @@ assert state() == before
 def _parses_a_command(tail: str) -> str:
     return (
         "import sys; from fairseq import options\n"
-        "sys.argv = ['train', 'data', '--arch', 'transformer_fixup_tiny']\n"
+        "sys.argv = 'train data --arch transformer_fixup_tiny --optimizer adam'.split()\n"
         "options.parse_args_and_arch(options.get_training_parser())\n" + tail
     )
 
@@ -187,7 +187,8 @@ def test_the_hook_is_installed_once_and_for_commands_alone(monkeypatch) -> None:
     parser = options.get_training_parser()
     options.parse_args_and_arch(parser, ["data", "--arch", "transformer_fixup_tiny"])
     assert sys.excepthook is sys.__excepthook__
-    monkeypatch.setattr(sys, "argv", ["train", "data", "--arch", "transformer_fixup_tiny"])
+    line = "train data --arch transformer_fixup_tiny --optimizer adam"
+    monkeypatch.setattr(sys, "argv", line.split())
     options.parse_args_and_arch(options.get_training_parser())
     hook = sys.excepthook
     assert hook is not sys.__excepthook__
@@ -321,6 +322,32 @@ class _DictOfLists(nn.Module):
         return {"out": [self.linear(x)], "empty": []}
 
 
+class _Full(io.BytesIO):
+    """A file on a full disk; it counts how often it was tried."""
+
+    tried = 0
+
+    def write(self, data: Any) -> int:
+        self.tried += 1
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_told_at_once_and_once(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(Exception, match=r"No space left|unexpected pos|enforce fail"):
+        checkpoint_utils._torch_persistent_save({"model": {}}, _Full())
+    assert not caplog.records
+
+
+def test_a_checkpoint_without_a_model_is_told(trained: Path, data_bin: Path, tmp_path) -> None:
+    state = torch.load(trained / "checkpoint_best.pt", weights_only=True)
+    del state["model"]
+    torch.save(state, tmp_path / "cut.pt")
+    with pytest.raises(UserError, match=r"no model in .*cut\.pt"):
+        checkpoint_utils.load_model_ensemble_and_task(
+            [str(tmp_path / "cut.pt")], arg_overrides={"data": str(data_bin)}
+        )
+
+
 def test_the_nan_detector_survives_an_encoders_output(caplog: pytest.LogCaptureFixture) -> None:
     model = _DictOfLists()
     with caplog.at_level(logging.WARNING), NanDetector(model):
@@ -371,6 +398,19 @@ def test_a_restore_file_is_found_beside_the_checkpoints(tmp_path: Path, restored
     missing = SimpleNamespace(restore_file="nowhere.pt", save_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"neither nowhere\.pt nor"):
         checkpoint_utils.load_checkpoint(missing, trainer)
+
+
+def test_a_folder_to_fine_tune_from_is_refused(tmp_path: Path, restored) -> None:
+    """It is passed over, and fairseq trains from scratch."""
+    (tmp_path / "file.pt").touch()
+    trainer = SimpleNamespace(checkpoint_suffix="")
+    cfg = SimpleNamespace(restore_file="checkpoint_last.pt", save_dir=str(tmp_path / "run"))
+    cfg.finetune_from_model = str(tmp_path / "file.pt")
+    checkpoint_utils.load_checkpoint(cfg, trainer)
+    cfg.finetune_from_model = str(tmp_path)
+    with pytest.raises(UserError, match=r"--finetune-from-model: .* is a folder"):
+        checkpoint_utils.load_checkpoint(cfg, trainer)
+    assert len(restored) == 1
 
 
 def test_a_restore_file_may_have_the_suffix_of_the_run(tmp_path: Path, restored) -> None:
