@@ -72,7 +72,7 @@ bench: setup
 	    echo "== benchmark $$name" && $(BIN)/python benchmarks/$$name.py || exit; \
 	done
 
-# Attacks that take minutes: tests/campaign/README.md
+# Attacks that take minutes: docs/reliability.md
 CAMPAIGN := kills writes full_disk broken_files archives bad_lines
 
 campaign: setup
