@@ -99,7 +99,11 @@ def check_options(args: Any) -> None:
     """Raise ``UserError`` for a parsed option of fairseq's that is out of range or no literal, that
     does not act on a CPU, or that wants another one.
     """
-    for name in ("fp16", "amp"):
+    # These two kinds of half precision do run on a CPU.
+    runs = getattr(args, "fp16_no_flatten_grads", False) or getattr(
+        args, "memory_efficient_fp16", False
+    )
+    for name in ("amp",) if runs else ("fp16", "amp"):
         if getattr(args, "cpu", False) and getattr(args, name, False):
             raise UserError(
                 f"{_flag(name)} wants a GPU: on a CPU use --fixup-autocast bf16, an option of "

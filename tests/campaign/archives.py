@@ -107,4 +107,4 @@ def _is_bad(path: Path, folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    campaign(attack, count=10, closes="archives unpacked nothing outside, told in one line")
+    campaign(attack, count=10, closes="archives unpacked nothing outside, answered by one line")

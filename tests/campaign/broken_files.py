@@ -138,4 +138,4 @@ def _good(ended: Ended, kind: str) -> bool:
 
 
 if __name__ == "__main__":
-    campaign(attack, count=len(KINDS), closes="broken files told in one line, no code run")
+    campaign(attack, count=len(KINDS), closes="broken files answered by one line, no code run")

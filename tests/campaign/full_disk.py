@@ -72,4 +72,4 @@ def _unmount(disk: Path) -> None:
 
 
 if __name__ == "__main__":
-    campaign(attack, count=10, closes="full disks told in one line, no checkpoint harmed")
+    campaign(attack, count=10, closes="full disks answered by one line, no checkpoint harmed")

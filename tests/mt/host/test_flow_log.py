@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fixup_core.measure.flow import gradient_flow
-from fixup_mt.host.flow_log import layer_gradient_norms
+from fixup_mt.errors import UserError
+from fixup_mt.host.flow_log import layer_gradient_norms, log_gradients
 from tests.conftest import fairseq, train_flags
 from tests.mt.helpers import batch, build, build_lm, trained
 
@@ -85,5 +87,8 @@ def test_half_precision_is_told_without_its_scale(data_bin: Path, tmp_path: Path
 def test_amp_is_refused(data_bin: Path, tmp_path: Path) -> None:
     flags = train_flags(data_bin, tmp_path / "save", *TINY)
     run = fairseq("train", *flags, "--fixup-log-gradients", "--amp", check=False)
-    assert run.returncode and "cannot see the gradients under --amp" in run.stderr
+    assert run.returncode == 2 and "--amp wants a GPU" in run.stderr
+    amp = SimpleNamespace(cfg=SimpleNamespace(common=SimpleNamespace(amp=True)))
+    with pytest.raises(UserError, match="cannot see the gradients under --amp"):
+        log_gradients(amp)  # on a GPU
     assert "Traceback" not in run.stderr
