@@ -19,7 +19,8 @@ from fixup_core.measure.homogeneous import homogeneous_sets, is_positively_homog
 from fixup_core.measure.paths import path_lengths, residual_split
 from fixup_core.rules.branches import Place, ResidualBranch, WeightLayer, collect_branches
 from fixup_core.rules.init import fixup_init_, initialise_, lsuv_init_, standard_init_
-from fixup_core.rules.methods import METHODS, Method
+from fixup_core.rules.method import Method
+from fixup_core.rules.methods import METHODS
 from fixup_core.rules.param_groups import SCALAR_LR_RATIO, anchored_rate, param_groups
 from fixup_core.rules.report import ConversionReport, ConvertedBranch, InitReport
 from fixup_core.rules.residual import Residual

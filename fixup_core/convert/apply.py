@@ -21,7 +21,7 @@ from fixup_core.rules.branches import (
     collect_classifiers,
 )
 from fixup_core.rules.frozen import RemovedNorm, frozen_norms
-from fixup_core.rules.methods import Method
+from fixup_core.rules.method import Method
 from fixup_core.rules.scalars import scalars
 from fixup_core.rules.standards import HE_PER_GROUP, XAVIER_UNIFORM
 
@@ -108,9 +108,10 @@ def _remove_norms_(
 def _attach_scalars_(net: nn.Module, plan: ConversionPlan, method: Method) -> None:
     for path in plan.before if method.biases else ():
         attach_before_(net.get_submodule(path))
-    if method.multiplier is not None:
-        for path in plan.multiplied:
-            attach_multiplier_(net.get_submodule(path), method.multiplier)
+    for path in plan.multiplied:
+        multiplier = method.branch_multiplier()
+        if multiplier is not None:
+            attach_multiplier_(net.get_submodule(path), multiplier)
     # Behind the multipliers: hooks run in the order in which they were registered.
     for path in plan.after if method.biases else ():
         attach_after_(net.get_submodule(path))

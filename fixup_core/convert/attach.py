@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from fixup_core.rules.scalars import Scalar, ScalarBias, ScalarMultiplier
+from fixup_core.rules.scalars import ScalarBias
 
 BEFORE, MULTIPLIER, AFTER = "fixup_before", "fixup_multiplier", "fixup_after"
 T = TypeVar("T")
@@ -37,9 +37,9 @@ def attach_before_(module: nn.Module) -> None:
     module.register_forward_pre_hook(_add_before, with_kwargs=True)
 
 
-def attach_multiplier_(module: nn.Module, initial: float = 1.0) -> None:
-    """Multiply what goes out by a scalar that starts at ``initial``."""
-    _attach_(module, MULTIPLIER, ScalarMultiplier(initial))
+def attach_multiplier_(module: nn.Module, multiplier: nn.Module) -> None:
+    """Multiply what goes out."""
+    _attach_(module, MULTIPLIER, multiplier)
     module.register_forward_hook(_multiply)
 
 
@@ -49,7 +49,7 @@ def attach_after_(module: nn.Module) -> None:
     module.register_forward_hook(_add_after)
 
 
-def _attach_(module: nn.Module, name: str, scalar: Scalar) -> None:
+def _attach_(module: nn.Module, name: str, scalar: nn.Module) -> None:
     module.add_module(name, scalar.train(module.training))
 
 

@@ -19,7 +19,8 @@ from fixup_core.errors import UserError
 from fixup_core.probing import Inputs
 from fixup_core.rules.branches import collect_branches, collect_places
 from fixup_core.rules.init import initialise_
-from fixup_core.rules.methods import Method, check_defined, method_named
+from fixup_core.rules.method import Method
+from fixup_core.rules.methods import check_defined, method_named
 from fixup_core.rules.parametrised import plain_weights
 from fixup_core.rules.report import ConversionReport, ConvertedBranch, InitReport
 from fixup_core.rules.scalars import scalars
@@ -89,7 +90,7 @@ def fixup_(
     method = check_defined(
         method_named(method),
         "fixup_, which removes norms and leaves what lies outside the branches",
-        lambda one: one.norm is None and one.standard is None,
+        lambda one: one.norm is None and one.standard is None and not one.only,
     )
     if any(scalars(net)):
         raise UserError(

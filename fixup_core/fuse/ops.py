@@ -33,13 +33,14 @@ from torch.autograd.function import once_differentiable
 from torch.fx import _symbolic_trace
 from torch.nn import functional as F
 
+from fixup_core.rules.placed import DepthMultiplier, PlacedConstant
 from fixup_core.rules.scalars import Scalar, ScalarBias, ScalarMultiplier
 
 Number = Tensor | float
 """A scalar's value, shape [], or a plain number."""
 
 HALVES = (torch.float16, torch.bfloat16)
-SCALARS = (ScalarBias, ScalarMultiplier, nn.Identity)
+SCALARS = (ScalarBias, ScalarMultiplier, DepthMultiplier, PlacedConstant, nn.Identity)
 ACTIVATIONS = (nn.ReLU, nn.Identity)
 GLOBAL_HOOKS = (
     nn.modules.module._global_forward_hooks,
@@ -93,7 +94,7 @@ def fusable(
 
 def value_of(module: nn.Module, otherwise: float = 0.0) -> Number:
     """The value of a scalar; ``otherwise`` for a module that stands in a scalar's place."""
-    return module.value() if isinstance(module, Scalar) else otherwise
+    return module.value() if isinstance(module, Scalar | PlacedConstant) else otherwise
 
 
 class ActivationScalars(NamedTuple):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fixup_core.errors import UserError
 from fixup_core.rules.branches import ResidualBranch, WeightLayer
 from fixup_core.rules.init import draw_zero_heads_, initialise_
-from fixup_core.rules.methods import METHODS, Method
+from fixup_core.rules.method import Method
+from fixup_core.rules.methods import METHODS
 
 
 class PlainLayer(nn.Sequential):

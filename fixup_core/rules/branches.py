@@ -6,14 +6,16 @@ A block says which of its modules form a residual branch, in order::
         def residual_branches(self):
             yield ResidualBranch("convs", (WeightLayer(self.conv1), WeightLayer(self.conv2)))
 
-Three more methods are looked for on any module of the network, all optional:
+Four more methods are looked for on any module of the network, all optional:
 ``classifier_layers()`` yields the layers that rule 1 sets to 0, ``standard_layers()`` the layers
 outside all branches whose standard initialisation is not the default of their type,
-``last_norms()`` the normalisation layers that end a branch.
+``last_norms()`` the normalisation layers that end a branch, ``stack_embeddings()`` the embeddings
+that a stack begins with, each with the stack's name.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,13 +80,17 @@ class ResidualBranch:
         name: The branch's name inside its block; ``collect_branches`` puts the block's path before.
         layers: In the order of the forward pass; rule 1 sets the last one to 0.
         kind: "self_attention", "cross_attention", "feed_forward"; "" where nothing asks.
-        stack: "encoder" or "decoder" in a network that has both; else "".
+        stack: "encoder" or "decoder" in a Transformer; else "".
+        parts: Modules that belong to the branch beside its layers, such as its multiplier and the
+            module that joins it to its shortcut: what in them depends on the place is written
+            with the weights.
     """
 
     name: str
     layers: tuple[WeightLayer, ...]
     kind: str = ""
     stack: str = ""
+    parts: tuple[nn.Module, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -111,6 +117,7 @@ class Place:
         num_branches: L, the residual branches of the network.
         block: Of the blocks that make up its stack, the number of its own, from 1.
         blocks: Stack -> number of its blocks: N = ``blocks["encoder"]``.
+        branches: Stack -> number of its residual branches.
     """
 
     branch: ResidualBranch
@@ -118,6 +125,12 @@ class Place:
     num_branches: int
     block: int
     blocks: dict[str, int]
+    branches: dict[str, int]
+
+    @property
+    def stack_blocks(self) -> int:
+        """The blocks of its own stack."""
+        return self.blocks[self.branch.stack]
 
     @property
     def layer(self) -> WeightLayer:
@@ -152,8 +165,9 @@ def collect_places(net: nn.Module) -> list[Place]:
         (stack, path): n for stack, own in paths.items() for n, path in enumerate(own, start=1)
     }
     blocks = {stack: len(own) for stack, own in paths.items()}
+    branches = dict(Counter(branch.stack for branch, _ in found))
     return [
-        Place(branch, position, len(found), number[branch.stack, path], blocks)
+        Place(branch, position, len(found), number[branch.stack, path], blocks, branches)
         for branch, path in found
         for position in range(len(branch.layers))
     ]
@@ -172,6 +186,14 @@ def collect_standard_layers(net: nn.Module) -> list[WeightLayer]:
 def collect_last_norms(net: nn.Module) -> list[nn.Module]:
     """The normalisation layers that end a branch."""
     return [norm for _, norm in _declarations(net, "last_norms")]
+
+
+def collect_stack_embeddings(net: nn.Module) -> dict[int, set[str]]:
+    """The stacks, "encoder" and "decoder", that begin with an embedding, by the weight's id."""
+    found: dict[int, set[str]] = {}
+    for _, (embedding, stack) in _declarations(net, "stack_embeddings"):
+        found.setdefault(id(embedding.weight), set()).add(stack)
+    return found
 
 
 def _with_blocks(net: nn.Module) -> list[tuple[ResidualBranch, str]]:

@@ -16,16 +16,21 @@ from torch import Generator, Tensor, nn
 
 from fixup_core.errors import UserError
 from fixup_core.rules.branches import (
+    Place,
     WeightLayer,
     collect_branches,
     collect_classifiers,
     collect_last_norms,
     collect_places,
+    collect_stack_embeddings,
     collect_standard_layers,
 )
 from fixup_core.rules.frozen import frozen_norms
-from fixup_core.rules.methods import Method, method_named
+from fixup_core.rules.method import Method
+from fixup_core.rules.methods import method_named
+from fixup_core.rules.norms import Pointwise
 from fixup_core.rules.parametrised import plain_weights
+from fixup_core.rules.placed import channel_multipliers, placed_constants
 from fixup_core.rules.report import InitReport, Row
 from fixup_core.rules.scalars import scalars
 from fixup_core.rules.standards import (
@@ -229,12 +234,25 @@ class _InitPlan:
         self.names = {id(p): name for name, p in net.named_parameters()}
         self.kept = {id(p) for p in keep}
         self.entries: dict[int, _Entry] = {}
+        self.places = collect_places(net)
+        self.stacks = collect_stack_embeddings(net)
 
     def write_(self, generator: Generator | None) -> InitReport:
         with torch.no_grad():
+            self._write_constants_()
             for entry in self.entries.values():
                 _write_(entry, generator)
         return InitReport(self.num_branches, self._rows(), self.method.name)
+
+    def _write_constants_(self) -> None:
+        """Each for the branch that has it; one that no branch names knows the depth alone."""
+        place_of = {
+            id(constant): place
+            for place in reversed(self.places)
+            for constant in placed_constants(*place.branch.parts)
+        }
+        for constant in placed_constants(self.net) if self.places else ():
+            constant.write_(place_of.get(id(constant), self.places[0]))
 
     def _rows(self) -> tuple[Row, ...]:
         """In the order of the network's parameters."""
@@ -253,6 +271,8 @@ class _InitPlan:
             self._constant(scalar.weight, "scalar", scalar.initial_weight(), scalar.initial)
         for gain in gains:
             self._constant(gain, "gain", 1.0, 1.0)
+        for place in self.places:
+            self._add_vectors(place)
         if self.method.norm is not None:
             self._add_norms()
         # A method with one distribution for all layers knows no branch.
@@ -265,7 +285,7 @@ class _InitPlan:
         self._add_others()
 
     def _add_branches(self) -> None:
-        for place in collect_places(self.net):
+        for place in self.places:
             where = {
                 "branch": place.branch.name,
                 "m": place.branch.layers_per_branch,
@@ -276,6 +296,12 @@ class _InitPlan:
             else:
                 self._drawn(place.layer, "branch", factor=self.method.factor(place), **where)
 
+    def _add_vectors(self, place: Place) -> None:
+        """The vectors on a branch and on its shortcut, once for each branch."""
+        for vector in channel_multipliers(*place.branch.parts) if place.position == 0 else ():
+            start = vector.start(place)
+            self._constant(vector.weight, "gain", start, start)
+
     def _add_norms(self) -> None:
         zeroed = {id(norm.weight) for norm in collect_last_norms(self.net)}
         if self.method.zero_last_gains and not zeroed:
@@ -284,18 +310,23 @@ class _InitPlan:
                 "whose gain could start at 0"
             )
         for module in self.net.modules():
-            if isinstance(module, NORMS) and module.weight is not None:
+            pointwise = isinstance(module, Pointwise)
+            if (pointwise or isinstance(module, NORMS)) and module.weight is not None:
                 zero = self.method.zero_last_gains and id(module.weight) in zeroed
                 gain = 0.0 if zero else 1.0
                 self._constant(module.weight, "gain", gain, gain)
                 self._bias(WeightLayer(module), "gain")
+            if isinstance(module, Pointwise):
+                for parameter, start in module.starts():
+                    self._constant(parameter, "gain", start, start)
 
     def _add_classifiers(self) -> None:
         embeddings = [m for m in self.net.modules() if isinstance(m, nn.Embedding)]
         for layer in collect_classifiers(self.net):
             tied = [m for m in embeddings if m.weight is layer.parameter]
             if tied:
-                self._drawn(WeightLayer(tied[0]), "tied output")
+                embedding = WeightLayer(tied[0])
+                self._drawn(embedding, "tied output", **self._embedding_factor(embedding))
             elif self.method.zero_head:
                 self._zero(layer, "classifier")
             else:
@@ -309,7 +340,7 @@ class _InitPlan:
             role = "embedding" if embedding else "standard"
             layer = WeightLayer(module, standard=None if embedding else self.method.standard)
             if not self._done(id(layer.parameter)):
-                self._drawn(layer, role)
+                self._drawn(layer, role, **self._embedding_factor(layer))
             elif not self._done(id(layer.bias_vector)):
                 self._bias(layer, role)
         missing = [n for key, n in self.names.items() if not self._done(key)]
@@ -319,6 +350,13 @@ class _InitPlan:
                 "residual_branches(), classifier_layers() or standard_layers() of their module, "
                 "or pass them in keep="
             )
+
+    def _embedding_factor(self, layer: WeightLayer) -> dict[str, float]:
+        """What the report says of the embeddings that a stack begins with."""
+        stacks, rule = self.stacks.get(id(layer.parameter)), self.method.embeddings
+        if stacks is None or rule is None:
+            return {}
+        return {"factor": rule(stacks, self.places[0].blocks)}
 
     def _done(self, key: int) -> bool:
         return key in self.entries or key in self.kept

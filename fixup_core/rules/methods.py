@@ -1,119 +1,34 @@
 """The registry: every method that makes a deep network trainable, as data, written once.
 
-A method says how the weights of a network start, which scalars and norms stand around them, and
-how a branch joins its shortcut. ``rules.init`` reads how weights start; the blocks of both halves
-take the rest from the record and know no method by its name. To add a method, add a record.
+To add a method, add a record; ``rules.method`` says what its fields are.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-
-from torch import nn
+from dataclasses import replace
 
 from fixup_core.errors import UserError
-from fixup_core.rules.branches import Place
-from fixup_core.rules.residual import Residual
-from fixup_core.rules.scalars import ScalarBias, ScalarMultiplier
-from fixup_core.rules.scaling import branch_scale
-from fixup_core.rules.standards import HE_NORMAL, ORTHOGONAL, XAVIER_NORMAL, Standard
+from fixup_core.rules.factors import (
+    admin_shortcut,
+    authors_factor,
+    complete_factor,
+    deepnorm_factor,
+    deepnorm_shortcut,
+    ds_init_factor,
+    fixup_factor,
+    layer_norm_scale,
+    layer_scale,
+    no_factor,
+    product_factor,
+    t_fixup_embeddings,
+    t_fixup_factor,
+)
+from fixup_core.rules.method import Method
+from fixup_core.rules.standards import HE_NORMAL, ORTHOGONAL, XAVIER_NORMAL
 
-Factor = Callable[[Place], float]
-AUTHORS_CROSS_ATTENTION_BRANCHES = 12
-"""The L that the authors' translation code takes for cross-attention, whatever the depth."""
-
-
-def no_factor(place: Place) -> float:
-    """1 at every place: the standard distribution itself."""
-    return 1.0
-
-
-def fixup_factor(place: Place) -> float:
-    """Rule 2 with the paper's m, which counts queries and keys."""
-    return branch_scale(place.num_branches, place.branch.layers_per_branch)
-
-
-def product_factor(place: Place) -> float:
-    """Rule 2 with the m of the product: queries and keys stand inside a softmax, m = 2."""
-    return branch_scale(place.num_branches, place.branch.factors)
-
-
-def authors_factor(place: Place) -> float:
-    """Rule 2 as the authors' translation code has it: cross-attention as if L were 12."""
-    cross = place.branch.kind == "cross_attention"
-    branches = AUTHORS_CROSS_ATTENTION_BRANCHES if cross else place.num_branches
-    return branch_scale(branches, place.branch.layers_per_branch)
-
-
-@dataclass(frozen=True)
-class Method:
-    """What makes a network trainable.
-
-    Attributes:
-        name: As every command and function takes it.
-        text: What it is, in a line.
-        source: Where it comes from.
-        differs: How it departs from its source; "" where it does not.
-        factor: Of a weight's standard deviation at its place in a residual branch.
-        zero_last: Rule 1 in the branches: the last layer of each starts at 0.
-        zero_head: Rule 1 at the end: the classifier starts at 0. Else it is drawn as PyTorch does.
-        standard: The distribution of all layers, wherever they stand; ``None``: every layer has
-            its own, times the factor in a branch.
-        biases: Rule 3's scalar biases, before weight layers and activations.
-        multiplier: Where the scalar multiplier of every branch starts; ``None``: there is none.
-        bias_vectors: Weight layers have a bias for each channel.
-        norm: "batch" or "group": normalisation before every activation; ``None``: none at all.
-        zero_last_gains: The norm that ends a branch starts with a gain of 0.
-        unit_variance: Every layer is divided by the standard deviation of its output on a batch,
-            so that the initialisation takes one.
-        needs_branches: It is defined for networks with residual branches alone.
-    """
-
-    name: str
-    text: str
-    source: str
-    differs: str = ""
-    factor: Factor = no_factor
-    zero_last: bool = False
-    zero_head: bool = False
-    standard: Standard | None = None
-    biases: bool = False
-    multiplier: float | None = None
-    bias_vectors: bool = False
-    norm: str | None = None
-    zero_last_gains: bool = False
-    unit_variance: bool = False
-    needs_branches: bool = False
-
-    @property
-    def scalars(self) -> bool:
-        """Whether it has any of rule 3's scalars."""
-        return self.biases or self.multiplier is not None
-
-    def scalar_bias(self) -> ScalarBias | None:
-        """The scalar bias before a weight layer or activation."""
-        return ScalarBias() if self.biases else None
-
-    def scalar_multiplier(self) -> ScalarMultiplier | None:
-        """The scalar multiplier behind a branch."""
-        return None if self.multiplier is None else ScalarMultiplier(self.multiplier)
-
-    def make_bias(self) -> nn.Module:
-        """``scalar_bias`` as a module that can be called: the identity where there is none."""
-        return self.scalar_bias() or nn.Identity()
-
-    def make_residual(self, *, end: nn.Module | None = None, multiplier: bool = True) -> Residual:
-        """Where a branch joins its shortcut.
-
-        Args:
-            end: What ends the branch, behind the multiplier.
-            multiplier: False where the multiplier is part of the branch's last layer.
-        """
-        return Residual(multiplier=self.scalar_multiplier() if multiplier else None, end=end)
-
-
+RESNETS, TRANSFORMERS = "ResNets", "Transformers"
 PAPER = "Zhang, Dauphin, Ma 2019"
 _FIXUP = Method(
     "fixup",
@@ -145,12 +60,29 @@ _RECORDS = (
         source="the authors' code",
         differs="cross-attention is scaled as if there were 12 branches, their code's default",
         factor=authors_factor,
+        only=TRANSFORMERS,
     ),
     _ablation(
         "fixup_attention_m2",
         "Fixup that counts attention as m = 2: its values and output",
         differs="queries and keys go through a softmax and are no factor of the branch's size",
         factor=product_factor,
+    ),
+    replace(
+        _FIXUP,
+        name="fixup_adam",
+        text="Fixup's goal under Adam: branches times the fixed number c / L, weights unscaled",
+        source=f"{PAPER}, section 3, carried over to Adam; exponent as Dey et al. 2025",
+        differs="no factor of rule 2; c is the number of branches at which the rate was tuned",
+        factor=no_factor,
+        depth_power=1.0,
+    ),
+    replace(
+        _FIXUP,
+        name="fixup_complete",
+        text="Fixup's goal under SGD for any m: L^(-1/m), the rate times L^(1 - 2/m)",
+        differs="the paper's L^(-1/(2m-2)) where m is 2; the rate is the user's to multiply",
+        factor=complete_factor,
     ),
     _ablation("fixup_no_factor", "Fixup without the factor of rule 2", factor=no_factor),
     _ablation("fixup_no_bias", "Fixup without scalar biases", biases=False),
@@ -169,6 +101,7 @@ _RECORDS = (
         "Ioffe and Szegedy 2015",
         standard=HE_NORMAL,
         norm="batch",
+        only=RESNETS,
     ),
     Method(
         "groupnorm",
@@ -176,6 +109,7 @@ _RECORDS = (
         "Wu and He 2018",
         standard=HE_NORMAL,
         norm="group",
+        only=RESNETS,
     ),
     Method(
         "zeroinit",
@@ -183,6 +117,7 @@ _RECORDS = (
         "Goyal et al. 2017, section 5.1",
         standard=HE_NORMAL,
         norm="batch",
+        only=RESNETS,
         zero_last_gains=True,
         needs_branches=True,
     ),
@@ -203,7 +138,128 @@ _RECORDS = (
     ),
 )
 
-METHODS: dict[str, Method] = {method.name: method for method in _RECORDS}
+_RIVALS = (
+    _plain(
+        "skipinit",
+        "no normalisation, every branch behind a scalar that starts at 0, head at 0",
+        "De and Smith 2020",
+        multiplier=0.0,
+        zero_head=True,
+        needs_branches=True,
+    ),
+    _plain(
+        "rezero",
+        "no normalisation, the branches of a layer behind one scalar that starts at 0",
+        "Bachlechner et al. 2020",
+        multiplier=0.0,
+        shared_multiplier=True,
+        needs_branches=True,
+    ),
+    _plain(
+        "t_fixup",
+        "no normalisation, no scalars: matrices and embeddings scaled by the depth of their stack",
+        "Huang et al. 2020",
+        differs="a tied output layer is scaled with its embedding, as in the authors' code",
+        factor=t_fixup_factor,
+        embeddings=t_fixup_embeddings,
+        only=TRANSFORMERS,
+    ),
+    _plain(
+        "prenorm",
+        "layer normalisation on the input of every branch",
+        "Vaswani et al. 2018 (tensor2tensor)",
+        norm="layer",
+        only=TRANSFORMERS,
+    ),
+    _plain(
+        "postnorm",
+        "layer normalisation behind every addition",
+        "Vaswani et al. 2017",
+        norm="layer",
+        norm_on_sum=True,
+        only=TRANSFORMERS,
+    ),
+    _plain(
+        "deepnorm",
+        "post-norm, shortcuts times alpha, matrices times beta",
+        "Wang et al. 2022",
+        factor=deepnorm_factor,
+        norm="layer",
+        norm_on_sum=True,
+        shortcut=deepnorm_shortcut,
+        only=TRANSFORMERS,
+    ),
+    _plain(
+        "admin",
+        "post-norm, shortcuts times a learnable vector that starts at omega",
+        "Liu et al. 2020",
+        differs="omega by the number of branches, as admin-torch has it, without a profiling batch",
+        norm="layer",
+        norm_on_sum=True,
+        shortcut=admin_shortcut,
+        learned_shortcut=True,
+        only=TRANSFORMERS,
+    ),
+    _plain(
+        "ds_init",
+        "post-norm, the matrices of layer l times l^(-1/2)",
+        "Zhang, Titov, Sennrich 2019",
+        differs="the bound as in the paper; the authors' code takes it for a variance",
+        factor=ds_init_factor,
+        norm="layer",
+        norm_on_sum=True,
+        only=TRANSFORMERS,
+    ),
+    _plain(
+        "layerscale",
+        "pre-norm, every branch times a learnable vector that starts small",
+        "Touvron et al. 2021",
+        norm="layer",
+        channel_multiplier=layer_scale,
+        only=TRANSFORMERS,
+    ),
+    _plain(
+        "layernorm_scaling",
+        "pre-norm, the norm's output in layer l times l^(-1/2)",
+        "Sun et al. 2025",
+        norm="layer",
+        norm_scale=layer_norm_scale,
+        only=TRANSFORMERS,
+    ),
+    _plain(
+        "completep",
+        "pre-norm, branches times the fixed number c / L",
+        "Dey et al. 2025",
+        differs="of its rules that for depth alone: width and weight decay are the user's",
+        norm="layer",
+        depth_power=1.0,
+        only=TRANSFORMERS,
+    ),
+    _plain(
+        "depth_mup",
+        "pre-norm, branches times the fixed number (c / L)^(1/2)",
+        "Yang et al. 2023",
+        differs="Adam's rate times (c / L)^(1/2) is the user's to set",
+        norm="layer",
+        depth_power=0.5,
+        only=TRANSFORMERS,
+    ),
+    _plain(
+        "dyt",
+        "tanh(a x) in the place of every norm, with a gain and a bias",
+        "Zhu et al. 2025",
+        differs="one start of a for all places; embeddings times the fixed number sqrt(d)",
+        norm="dyt",
+    ),
+    _plain(
+        "derf",
+        "erf(a x + s) in the place of every norm, with a gain and a bias",
+        "Chen et al. 2025",
+        norm="derf",
+    ),
+)
+
+METHODS: dict[str, Method] = {method.name: method for method in (*_RECORDS, *_RIVALS)}
 """By name, as ``--model.method``, ``--fixup-method``, ``check --method`` and ``fixup_`` take it."""
 
 

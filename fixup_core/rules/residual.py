@@ -1,6 +1,6 @@
 """Where a branch joins its shortcut: the one slot that every block here adds through.
 
-``norm?(shortcut_scale * shortcut + end?(multiplier?(branch)))``, each part optional. What a method
+``norm?(scale?(shortcut) + end?(multiplier?(branch)))``, each part optional. What a method
 puts into the slot is the method's affair (``rules.methods``); a block knows the slot alone.
 """
 
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fixup_core.rules.placed import DepthMultiplier, PlacedConstant
 from fixup_core.rules.scalars import ScalarBias, ScalarMultiplier
 
-FUSABLE = (ScalarBias, ScalarMultiplier, nn.Identity)
+FUSABLE = (ScalarBias, ScalarMultiplier, DepthMultiplier, PlacedConstant, nn.Identity)
 
 
 class Residual(nn.Module):
@@ -19,7 +20,7 @@ class Residual(nn.Module):
     Args:
         multiplier: On the branch; ``None``: none, or it has gone into the branch's last layer.
         end: What ends the branch, behind the multiplier: a scalar bias, or a norm.
-        shortcut_scale: A constant on the shortcut.
+        shortcut: On the shortcut: a constant, or a vector.
         norm: On the sum.
     """
 
@@ -28,21 +29,18 @@ class Residual(nn.Module):
         *,
         multiplier: nn.Module | None = None,
         end: nn.Module | None = None,
-        shortcut_scale: float = 1.0,
+        shortcut: nn.Module | None = None,
         norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.end = end or nn.Identity()
         self.multiplier = multiplier or nn.Identity()
         self.norm = norm or nn.Identity()
-        self.shortcut_scale = shortcut_scale
+        self.shortcut = shortcut or nn.Identity()
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         """The sum; both tensors and the result have one shape."""
-        branch = self.only(branch)
-        if self.shortcut_scale != 1.0:
-            shortcut = shortcut * self.shortcut_scale
-        return self.norm(shortcut + branch)
+        return self.norm(self.shortcut(shortcut) + self.only(branch))
 
     def only(self, branch: Tensor) -> Tensor:
         """The branch's part of the sum: for networks without shortcuts, and for measurements."""
@@ -50,8 +48,5 @@ class Residual(nn.Module):
 
     def fusable(self) -> bool:
         """Whether the slot holds scalars alone, which can ride in the last layer's weights."""
-        plain = self.shortcut_scale == 1.0 and type(self.norm) is nn.Identity
+        plain = all(type(part) is nn.Identity for part in (self.shortcut, self.norm))
         return plain and all(type(part) in FUSABLE for part in (self.multiplier, self.end))
-
-    def extra_repr(self) -> str:
-        return "" if self.shortcut_scale == 1.0 else f"shortcut_scale={self.shortcut_scale:g}"

@@ -21,7 +21,20 @@ from torch import Tensor, nn
 from fixup_core.errors import UserError
 
 
-class Scalar(nn.Module):
+class KeepsFloat32(nn.Module):
+    """A module whose tensors stay float32 or wider, even in a half-precision model."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            if changed.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(changed.device)
+            return changed
+
+        return super()._apply(at_least_float32, recurse)
+
+
+class Scalar(KeepsFloat32):
     """One learnable number, kept in float32 or wider even in a half-precision model.
 
     Args:
@@ -67,15 +80,6 @@ class Scalar(nn.Module):
     def extra_repr(self) -> str:
         form = "direct" if self.rate is None else f"rate={self.rate.item():.4g}"
         return f"initial={self.initial:g}, {form}"
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        def at_least_float32(tensor: Tensor) -> Tensor:
-            changed = fn(tensor)
-            if changed.dtype in (torch.float16, torch.bfloat16):
-                return tensor.to(changed.device)
-            return changed
-
-        return super()._apply(at_least_float32, recurse)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         saved, rate = state_dict.get(prefix + "weight"), state_dict.get(prefix + "rate")

@@ -35,6 +35,89 @@ def branch_scale(num_branches: int, layers_per_branch: int) -> float:
     return num_branches ** (-1 / (2 * layers_per_branch - 2))
 
 
+def complete_scale(num_branches: int, layers_per_branch: int) -> float:
+    """Factor ``L ** (-1 / m)``: what a step changes, and how far each layer moves relative to its
+    own size, are then both independent of depth, if SGD's rate grows as ``L ** (1 - 2 / m)``.
+
+    At m = 2 this is the paper's factor and the rate stays (docs/method.md derives it).
+
+    Raises:
+        UserError: As ``branch_scale``.
+    """
+    branch_scale(num_branches, layers_per_branch)  # refuses what is no branch
+    return num_branches ** (-1 / layers_per_branch)
+
+
+def depth_constant(num_branches: int, base: float, power: float = 1.0) -> float:
+    """``(base / L) ** power``: 1 at the depth at which the learning rate was tuned.
+
+    With power 1, whole branches times ``c / L``, one step of Adam changes the function by as much
+    at any depth, and every layer moves as far relative to its size (Dey et al. 2025, CompleteP).
+
+    Args:
+        num_branches: L, at least 1.
+        base: c, the residual branches of the network whose learning rate is known; positive.
+        power: 1/2 keeps the size of the sum of all branches (depth-muP).
+
+    Raises:
+        UserError: ``base`` is not positive.
+    """
+    if not 0 < base < math.inf:
+        raise UserError(
+            f"the base branches are {base:g}: give the number of residual branches, above 0, of "
+            "the network at which the learning rate was tuned"
+        )
+    return (base / num_branches) ** power
+
+
+def t_fixup_scale(stack: str, layers: int) -> float:
+    """Of T-Fixup's matrices but queries and keys, and of its embeddings (Huang et al. 2020).
+
+    Args:
+        stack: "encoder" or "decoder".
+        layers: Of that stack.
+    """
+    return 0.67 * layers**-0.25 if stack == "encoder" else (9 * layers) ** -0.25
+
+
+def t_fixup_embedding_scale(layers: int) -> float:
+    """Of T-Fixup's embeddings, by the layers of their stack."""
+    return (9 * layers) ** -0.25
+
+
+def deepnorm_scales(stack: str, encoder: int, decoder: int) -> tuple[float, float]:
+    """DeepNorm's alpha, on the shortcut, and beta, on the weights (Wang et al. 2022, figure 2).
+
+    Args:
+        stack: "encoder" or "decoder".
+        encoder: N, its layers; 0 where there is none.
+        decoder: M, its layers; 0 where there is none.
+    """
+    if not (encoder and decoder):
+        layers = encoder or decoder
+        return (2 * layers) ** 0.25, (8 * layers) ** -0.25
+    if stack == "encoder":
+        size = encoder**4 * decoder
+        return 0.81 * size ** (1 / 16), 0.87 * size ** (-1 / 16)
+    return (3 * decoder) ** 0.25, (12 * decoder) ** -0.25
+
+
+def admin_omega(num_branches: int) -> float:
+    """Of Admin's shortcuts, for a change of the outputs of O(log n) (Liu et al. 2020).
+
+    Args:
+        num_branches: n, the residual branches of the stack.
+    """
+    return math.sqrt((num_branches + 1) / math.log(num_branches + 1) - 1)
+
+
+def layer_scale_start(layers: int) -> float:
+    """Where LayerScale's vectors start, by the depth of the stack (Touvron et al. 2021)."""
+    if layers <= 18:
+        return 0.1
+    return 1e-5 if layers <= 24 else 1e-6
+
+
 def he_std(fan: int) -> float:
     """Standard deviation of He initialisation over a fan (He et al. 2015, equations 10 and 14).
 

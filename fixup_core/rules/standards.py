@@ -94,6 +94,8 @@ XAVIER_NORMAL = Standard("Xavier normal", _xavier)
 TORCH_DEFAULT = Standard("PyTorch default", _torch_default, "uniform")
 ORTHOGONAL = Standard("orthonormal", _orthogonal, "orthogonal")
 EMBEDDING_NORMAL = Standard("normal, d^-1/2", _embedding)
+OUTPUT_NORMAL = EMBEDDING_NORMAL
+"""Of a Transformer's output layer [V, D], which fairseq draws as the embeddings."""
 
 
 def standard_of(module: nn.Module) -> Standard | None:

@@ -15,7 +15,8 @@ from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fixup_core import ResidualBranch, Scalar, WeightLayer
+from fixup_core import ResidualBranch, WeightLayer
+from fixup_core.rules.method import Multiplier
 from fixup_core.rules.standards import PACKED_XAVIER_UNIFORM
 from fixup_mt.model.beams import apart, appended, is_identity, sentence_order, together
 from fixup_mt.model.linears import Products, ScalarLinear
@@ -112,7 +113,7 @@ class FixupAttention(MultiheadAttention):
         embed_dim: int,
         num_heads: int,
         *,
-        multiplier: Scalar | None = None,
+        multiplier: Multiplier | None = None,
         bias: bool = False,
         q_noise: float = 0.0,
         qn_block_size: int = 8,
@@ -125,8 +126,8 @@ class FixupAttention(MultiheadAttention):
         self.out_proj = quant_noise(last, q_noise, qn_block_size)
         self.kept: Products | None = None
 
-    def branch(self, name: str, stack: str) -> ResidualBranch:
-        """M = 4: queries, keys, values and the output projection."""
+    def branch(self, name: str, stack: str, *parts: nn.Module) -> ResidualBranch:
+        """M = 4: queries, keys, values and the output projection; ``parts`` as the branch has."""
         inputs = {"query": self.q_proj, "key": self.k_proj, "value": self.v_proj}
         layers = [
             WeightLayer(projection, role=role, standard=PACKED_XAVIER_UNIFORM)
@@ -134,7 +135,7 @@ class FixupAttention(MultiheadAttention):
         ]
         kind = "cross_attention" if self.encoder_decoder_attention else "self_attention"
         last = WeightLayer(self.out_proj, role="out")
-        return ResidualBranch(name, (*layers, last), kind, stack)
+        return ResidualBranch(name, (*layers, last), kind, stack, (self.out_proj, *parts))
 
     def forward(
         self,

@@ -25,8 +25,10 @@ from omegaconf import II, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from fixup_core import METHODS, Method
-from fixup_core.rules.methods import check_defined, method_named
+from fixup_core.rules.method import BASE_BRANCHES
+from fixup_core.rules.methods import TRANSFORMERS, check_defined, method_named
 from fixup_mt.errors import UserError
+from fixup_mt.model.slots import NORMS
 
 PREFIX = "fixup_"
 
@@ -81,6 +83,11 @@ class FixupOptions:
     method: str = _option(
         "fixup", f"what makes the model trainable, of the registry: {', '.join(METHODS)}"
     )
+    base_branches: float = _option(
+        BASE_BRANCHES,
+        "residual branches of the model whose learning rate is known (5 a pair of layers, 2 a "
+        "layer of a language model): fixup_adam, completep and depth_mup take it over to any depth",
+    )
     scalar_lr_ratio: float = _option(
         1.0, "learning rate of Fixup's scalars divided by that of the weights"
     )
@@ -123,9 +130,12 @@ class FixupOptions:
 
         def defined(method: Method) -> bool:
             # fairseq builds a model before it has a batch.
-            return method.norm is None and not method.unit_variance
+            known = method.norm is None or method.norm in NORMS
+            return known and not method.unit_variance and method.only in ("", TRANSFORMERS)
 
-        return check_defined(method_named(self.method), "Transformers", defined)
+        method = check_defined(method_named(self.method), TRANSFORMERS, defined)
+        given = self.base_branches != BASE_BRANCHES
+        return method.with_base(self.base_branches if given else None)
 
     @property
     def precision(self) -> torch.dtype | None:
@@ -201,9 +211,8 @@ def with_defaults(config: Any, name: str, values: dict[str, Any]) -> Any:
 def nested(cfg: DictConfig | Namespace) -> TransformerConfig:
     """The nested configuration that fairseq's stacks read, from our flat one.
 
-    ``normalize_before`` is fairseq's name for "a module stands at the start of every branch":
-    with it the slots of the layer norms take Fixup's scalar biases. ``fixup`` holds the
-    ``FixupOptions``.
+    ``normalize_before`` is fairseq's name for "a module stands at the start of every branch", where
+    Fixup has its scalar biases, and not behind the sum. ``fixup`` holds the ``FixupOptions``.
 
     Raises:
         UserError: A size that no Transformer can have.
@@ -217,9 +226,10 @@ def nested(cfg: DictConfig | Namespace) -> TransformerConfig:
     for width in ("decoder_input_dim", "decoder_output_dim"):
         values[width] = values.get(width) or values["decoder_embed_dim"]
     config = TransformerConfig.from_namespace(Namespace(**values))
-    config.encoder.normalize_before = config.decoder.normalize_before = True
     config.no_decoder_final_norm = False
     config.fixup = FixupOptions.of(cfg)
+    before = not config.fixup.record.norm_on_sum
+    config.encoder.normalize_before = config.decoder.normalize_before = before
     return config
 
 

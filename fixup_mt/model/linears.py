@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from fixup_core import Scalar, ScalarBias, ScalarMultiplier
 from fixup_core.errors import UserError
 from fixup_core.fuse.ops import value_of
+from fixup_core.rules.method import Multiplier
 
 Products = tuple[Tensor, Tensor | None]
 """A weight and a bias vector."""
@@ -28,7 +29,7 @@ KEPT = "kept"
 
 
 class ScalarLinear(nn.Linear):
-    """``multiplier * (weight @ (x + before) + bias) + after``; each scalar may be left out.
+    """``multiplier * (weight @ (x + before) + bias) + after``; each of them may be left out.
 
     With all of them left out this is PyTorch's linear layer. A bias vector stands inside the
     multiplier: a multiplier at 0 turns the whole layer off.
@@ -37,7 +38,7 @@ class ScalarLinear(nn.Linear):
         in_features: Width of the input.
         out_features: Width of the output.
         before: Added to the input.
-        multiplier: Of the product and the bias vector.
+        multiplier: Of the product and the bias vector: a scalar, a constant, or a vector.
         after: Added to the output.
         bias: Whether there is a bias vector.
     """
@@ -48,7 +49,7 @@ class ScalarLinear(nn.Linear):
         out_features: int,
         *,
         before: Scalar | None = None,
-        multiplier: Scalar | None = None,
+        multiplier: Multiplier | None = None,
         after: Scalar | None = None,
         bias: bool = False,
     ) -> None:
@@ -73,7 +74,8 @@ class ScalarLinear(nn.Linear):
         bias: Tensor | None = self.bias
         if self.multiplier is not None:
             multiplier = self.multiplier.value()
-            weight = weight * multiplier
+            # A vector has an element for each row.
+            weight = weight * (multiplier if multiplier.dim() == 0 else multiplier[:, None])
             bias = None if bias is None else bias * multiplier
         if self.before is not None:
             bias = _sum(bias, weight.sum(dim=1) * self.before.value())

@@ -1,4 +1,4 @@
-"""The encoder and decoder: stacks of Fixup layers, their closing scalars and the output layer.
+"""The encoder and decoder: stacks of layers, what ends them, and the output layer.
 
 Shapes: T target length, S source length, B sentences, V vocabulary.
 """
@@ -15,22 +15,21 @@ from fairseq.models.transformer import TransformerDecoderBase, TransformerEncode
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
-from fixup_core import ScalarMultiplier
+from fixup_core import WeightLayer
+from fixup_core.rules.standards import OUTPUT_NORMAL
 from fixup_mt.model.beams import reorder_encoder_out
 from fixup_mt.model.layers import FixupDecoderLayer, FixupEncoderLayer
 from fixup_mt.model.linears import TiedProjection, keep_products
+from fixup_mt.model.slots import make_end
 from fixup_mt.model.vocabulary import VocabularyDigest
 
 
 class FixupEncoder(TransformerEncoderBase):
-    """fairseq's encoder with Fixup layers; it ends with a scalar bias and a multiplier."""
+    """fairseq's encoder with Fixup layers; Fixup's ends with a scalar bias and a multiplier."""
 
     def __init__(self, cfg: Any, dictionary: Any, embed_tokens: nn.Module) -> None:
         super().__init__(cfg, dictionary, embed_tokens)
-        method = cfg.fixup.record
-        # Not the branches' multiplier, which may start elsewhere than at 1.
-        end = ScalarMultiplier() if method.multiplier is not None else nn.Identity()
-        self.layer_norm = nn.Sequential(method.make_bias(), end)
+        self.layer_norm = make_end(cfg.fixup.record, cfg.encoder.embed_dim, multiplier=True)
         self.vocabulary = VocabularyDigest(dictionary, "source")
         self.autocast = cfg.fixup.precision
         self.compiles = cfg.fixup.compile
@@ -53,6 +52,11 @@ class FixupEncoder(TransformerEncoderBase):
             compile_layers_(self.layers, mode)
         return self
 
+    def stack_embeddings(self) -> Iterator[tuple[nn.Module, str]]:
+        """What the stack begins with, for methods that scale it by the depth."""
+        if isinstance(self.embed_tokens, nn.Embedding):
+            yield self.embed_tokens, "encoder"
+
     def build_encoder_layer(self, cfg: Any) -> nn.Module:
         return _wrap(FixupEncoderLayer(cfg, return_fc=self.return_fc), cfg)
 
@@ -72,13 +76,13 @@ class FixupEncoder(TransformerEncoderBase):
 
 
 class FixupDecoder(TransformerDecoderBase):
-    """fairseq's decoder with Fixup layers; it ends with a scalar bias and an output layer at 0."""
+    """fairseq's decoder with Fixup layers; Fixup's ends with a bias and an output layer at 0."""
 
     def __init__(
         self, cfg: Any, dictionary: Any, embed_tokens: nn.Module, no_encoder_attn: bool = False
     ) -> None:
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
-        self.layer_norm = cfg.fixup.record.make_bias()
+        self.layer_norm = make_end(cfg.fixup.record, cfg.decoder.embed_dim, multiplier=False)
         self.vocabulary = VocabularyDigest(dictionary, "target")
         self.autocast = cfg.fixup.precision
         self.compiles = cfg.fixup.compile
@@ -101,10 +105,15 @@ class FixupDecoder(TransformerDecoderBase):
             tied = TiedProjection(embed_tokens.weight, cfg.fixup.tied_output)
             self.output_projection = tied
 
-    def classifier_layers(self) -> Iterator[nn.Module]:
+    def stack_embeddings(self) -> Iterator[tuple[nn.Module, str]]:
+        """What the stack begins with, for methods that scale it by the depth."""
+        if isinstance(self.embed_tokens, nn.Embedding):
+            yield self.embed_tokens, "decoder"
+
+    def classifier_layers(self) -> Iterator[nn.Module | WeightLayer]:
         """Every layer whose output is a logit, tied to the embeddings or not."""
         if self.adaptive_softmax is None:
-            yield self.output_projection
+            yield WeightLayer(self.output_projection, standard=OUTPUT_NORMAL)
             return
         head = self.adaptive_softmax.head
         yield from (head,) if isinstance(head, nn.Linear) else (head.class_proj,)

@@ -17,6 +17,7 @@ from fixup_core.errors import UserError
 from fixup_mt.model.linears import folded
 from fixup_mt.model.model import FixupLanguageModel, FixupTransformerModel
 
+_NOT_FOLDED = {"layer": "layer norms", "dyt": "tanh functions", "derf": "erf functions"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -75,6 +76,12 @@ def check(model: nn.Module) -> None:
         raise UserError("only a model in evaluation mode is folded: call eval() first")
     translates = isinstance(model, FixupTransformerModel)
     decoder: Any = model.decoder
+    method = decoder.layers[0].method
+    if not method.foldable:
+        raise UserError(
+            f"a model of --fixup-method {method.name} has {_NOT_FOLDED.get(method.norm, 'norms')} "
+            "that no weight can take in: only models without norms are folded and exported"
+        )
     refused = {
         "--quant-noise-pq": any(s.quant_noise is not None for s in stacks(model).values()),
         "--adaptive-softmax-cutoff": decoder.adaptive_softmax is not None,

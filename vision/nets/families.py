@@ -100,7 +100,7 @@ def _gated(kind: Any, depth: int, method: Method, options: dict[str, Any]) -> Ne
     check_defined(
         method,
         "highway networks, which have gates in place of norms and residual branches",
-        lambda one: one.norm is None and not one.needs_branches,
+        lambda one: one.norm is None and not one.needs_branches and not one.only,
     )
     if depth < 2:
         raise UserError(f"a highway network has at least 2 layers, got {depth}")

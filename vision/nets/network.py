@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from fixup_core import InitReport, Method, initialise_
 from fixup_core.errors import UserError
+from fixup_core.rules.norms import POINTWISE
 
 GROUPS = 32
 """Of group normalisation (Wu and He 2018), or fewer where a layer has fewer channels."""
@@ -23,7 +25,11 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
 
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "group": group_norm}
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "group": group_norm,
+    **{name: partial(kind, dims=2) for name, kind in POINTWISE.items()},
+}
 """The norms of the registry that are defined on images [B, C, H, W]."""
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

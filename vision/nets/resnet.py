@@ -26,7 +26,7 @@ from fixup_core.errors import UserError
 from fixup_core.fuse import ops
 from fixup_core.fuse.fold import floor_of, folded_convolution
 from fixup_core.fuse.ops import ActivationScalars
-from fixup_core.rules.methods import check_defined
+from fixup_core.rules.methods import RESNETS, check_defined
 from fixup_core.rules.standards import TORCH_DEFAULT
 from vision.nets.blocks import Block, make_block
 from vision.nets.design import ORDERS, SHORTCUTS, Design
@@ -275,5 +275,7 @@ def _check(design: Design) -> None:
     check_defined(
         design.method,
         "plain networks, which have no residual branches" if plain else "ResNets",
-        lambda one: one.norm in norms and not (plain and one.needs_branches),
+        lambda one: (
+            one.norm in norms and one.only in ("", RESNETS) and not (plain and one.needs_branches)
+        ),
     )
