@@ -22,6 +22,7 @@ COMMANDS = {
         "scoring.score",
         "BLEU of what fairseq-generate wrote, with signature and settings",
     ),
+    "sweep": ("sweep.sweep", "train methods over depths, learning rates and warm-ups, and compare"),
     "translate": ("serving.translate", "translate text with an exported model"),
 }
 """Module and summary of each command; the module is imported when the command is called."""

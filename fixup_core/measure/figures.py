@@ -66,15 +66,28 @@ def check_figure_file(file: Path | str) -> None:
     Path(file).parent.mkdir(parents=True, exist_ok=True)
 
 
-def draw(panels: Sequence[Panel], file: Path | str) -> None:
+def draw(
+    panels: Sequence[Panel], file: Path | str, *, columns: int = 0, share_y: bool = False
+) -> None:
     """Write the panels side by side into a file; its ending says in which format.
+
+    Args:
+        panels: In reading order.
+        file: What to write.
+        columns: Panels in a row; 0: all in one.
+        share_y: Whether all panels have one scale of y.
 
     Raises:
         UserError: matplotlib is missing, or does not know the format.
     """
-    figure = _figure(figsize=(WIDTH * len(panels), HEIGHT), layout="constrained")
-    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+    columns = min(columns or len(panels), len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False, sharey=share_y).flat
+    for panel, axes in zip(panels, places, strict=False):
         _fill(axes, panel)
+    for axes in list(places)[len(panels) :]:
+        axes.set_visible(False)
     check_figure_file(file)
     with whole_file(file) as temporary:
         figure.savefig(temporary, dpi=DPI)

@@ -310,11 +310,11 @@ class _InitPlan:
                 "whose gain could start at 0"
             )
         for module in self.net.modules():
-            pointwise = isinstance(module, Pointwise)
-            if (pointwise or isinstance(module, NORMS)) and module.weight is not None:
-                zero = self.method.zero_last_gains and id(module.weight) in zeroed
+            known: Any = module
+            if isinstance(module, (*NORMS, Pointwise)) and known.weight is not None:
+                zero = self.method.zero_last_gains and id(known.weight) in zeroed
                 gain = 0.0 if zero else 1.0
-                self._constant(module.weight, "gain", gain, gain)
+                self._constant(known.weight, "gain", gain, gain)
                 self._bias(WeightLayer(module), "gain")
             if isinstance(module, Pointwise):
                 for parameter, start in module.starts():

@@ -106,14 +106,15 @@ class _Running:
         self.sink.flush()
         return bool(block)
 
-    def finish(self) -> None:
-        """Close everything, and give a successful output its name."""
+    def finish(self) -> UserError | None:
+        """Close everything, and give a successful output its name; or say why there is none."""
         status = self.process.wait()
         self.close()
         if status != 0:
-            raise UserError(f"{self.job.module} ({self.job.name}) failed: {self._reason()}")
+            return UserError(f"{self.job.module} ({self.job.name}) failed: {self._reason()}")
         if self.partial is not None and self.job.output is not None:
             self.partial.replace(self.job.output)
+        return None
 
     def _reason(self) -> str:
         lines = self.job.log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -130,37 +131,46 @@ class _Running:
                 file.close()
 
 
-def run_jobs(jobs: Sequence[Job], *, threads: int) -> None:
+def _must_succeed(job: Job, error: UserError | None) -> None:
+    if error is not None:
+        raise error
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    threads: int,
+    at_once: int = 0,
+    on_end: Callable[[Job, UserError | None], object] = _must_succeed,
+) -> None:
     """Run the jobs side by side, or one after the other where there is one thread only.
 
     Args:
         jobs: none of them may depend on another.
         threads: shared out among those that run at once.
+        at_once: how many run at once; 0: all, or one where there are fewer threads than jobs.
+        on_end: called when a job ends, with what went wrong, if anything did. What it raises ends
+            the others.
 
     Raises:
         UserError: a command failed; the message names its log, and the others are ended.
     """
-    if len(jobs) > 1 and threads < len(jobs):
-        for job in jobs:
-            run_jobs([job], threads=threads)
-        return
-    share = max(1, threads // max(1, len(jobs)))
-    running: list[_Running] = []
+    at_once = at_once or (len(jobs) if threads >= len(jobs) else 1)
+    share = max(1, threads // max(1, min(at_once, len(jobs))))
+    waiting, running = list(reversed(jobs)), dict[int, _Running]()
     try:
-        for position, job in enumerate(jobs):
-            running.append(_Running(job, position=position, threads=share))
-        _follow(running)
+        with selectors.DefaultSelector() as selector:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    place = min(set(range(at_once)) - running.keys())
+                    item = _Running(waiting.pop(), position=place, threads=share)
+                    running[place] = item
+                    selector.register(item.stdout, selectors.EVENT_READ, place)
+                for key, _ in selector.select():
+                    item = running[key.data]
+                    if not item.take():
+                        selector.unregister(key.fileobj)
+                        on_end(item.job, running.pop(key.data).finish())
     finally:
-        for item in running:
+        for item in running.values():
             item.close()
-
-
-def _follow(running: Sequence[_Running]) -> None:
-    with selectors.DefaultSelector() as selector:
-        for item in running:
-            selector.register(item.stdout, selectors.EVENT_READ, item)
-        while selector.get_map():
-            for key, _ in selector.select():
-                if not key.data.take():
-                    selector.unregister(key.fileobj)
-                    key.data.finish()

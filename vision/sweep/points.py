@@ -1,20 +1,13 @@
-"""The points of a sweep: short trainings, and the table that holds their results.
-
-Every point is one short training, scored once on the test set. A point that is in the table is not
-computed again, so that a sweep goes on where it was stopped. ``recipe.json`` beside the table holds
-what its points share; a sweep of another recipe does not go on there.
-"""
+"""The points of a sweep: short trainings, each scored once on the test set."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +15,8 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from fixup_core.errors import UserError
-from fixup_core.files import hold_folder, write_text
+from fixup_core.files import hold_folder
+from fixup_core.results import TABLE, Table, keep_to
 from vision.data import VisionData
 from vision.nets import check_net, net_options
 from vision.training.lit_classifier import DivergedError, LitClassifier
@@ -64,70 +58,12 @@ class Result:
     train_loss: float
 
 
-class Table:
-    """Results in a CSV file, one row a point.
-
-    Raises:
-        UserError: The file is not such a table, or is damaged.
-    """
-
-    columns = (*(f.name for f in fields(Point)), *(f.name for f in fields(Result)))
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.rows: dict[Point, Result] = {}
-        if file.exists():
-            self._read()
-
-    def add(self, point: Point, result: Result) -> None:
-        """Write the table with one more row at once, so that a kill loses no finished point."""
-        rows = self.rows | {point: result}
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-        writer.writeheader()
-        for each, numbers in rows.items():
-            written = asdict(each) | {"options": options_text(each.options)}
-            writer.writerow(written | asdict(numbers))
-        write_text(self.file, text.getvalue())
-        self.rows = rows
-
-    def _read(self) -> None:
-        text = self.file.read_text(encoding="utf-8")
-        lines = csv.DictReader(io.StringIO(text))
-        if tuple(lines.fieldnames or ()) != self.columns or not text.endswith("\n"):
-            raise UserError(f"{self.file} is damaged or no table of points: remove it")
-        for row in lines:
-            try:
-                self.rows[_typed(Point, row)] = _typed(Result, row)
-            except (TypeError, ValueError) as error:
-                raise UserError(
-                    f"{self.file}, line {lines.line_num}, is damaged: remove the line"
-                ) from error
+Results = Table[Point, Result]
 
 
 def options_text(options: Mapping[str, Any]) -> str:
-    """Options as a cell of the table: JSON, or nothing."""
+    """Options as one text."""
     return json.dumps(dict(options), sort_keys=True) if options else ""
-
-
-def parse_options(text: str) -> dict[str, Any]:
-    """Options of a cell; older tables have "name=value" pairs with spaces between."""
-    if text.startswith("{"):
-        return dict(json.loads(text))
-    pairs = (pair.split("=") for pair in text.split())
-    return dict(pairs)
-
-
-CASTS: dict[str, Any] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "Mapping[str, Any]": parse_options,
-}
-
-
-def _typed(kind: Any, row: dict[str, str]) -> Any:
-    return kind(**{f.name: CASTS[str(f.type)](row[f.name]) for f in fields(kind)})
 
 
 @dataclass(frozen=True)
@@ -225,7 +161,7 @@ def image_options(net: str, data: VisionData) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in net_options(net)}
 
 
-def run_points(points: Sequence[Point], recipe: Recipe, output: Path) -> Table:
+def run_points(points: Sequence[Point], recipe: Recipe, output: Path) -> Results:
     """Compute the points that the table in ``output`` lacks."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # once a point is too often
     if not points:
@@ -233,8 +169,8 @@ def run_points(points: Sequence[Point], recipe: Recipe, output: Path) -> Table:
     for point in {(p.net, p.method, options_text(p.options)): p for p in points}.values():
         check_net(point.net, method=point.method, **point.options)
     hold_folder(output)
-    _keep_to(recipe, output)
-    table = Table(output / "points.csv")
+    keep_to(recipe.description(), output)
+    table = Table(output / TABLE, Point, Result)
     for number, point in enumerate(points, 1):
         if point in table.rows:
             continue
@@ -243,27 +179,3 @@ def run_points(points: Sequence[Point], recipe: Recipe, output: Path) -> Table:
         table.add(point, result)
         print(f"    test accuracy {result.test_accuracy:.4f}, train loss {result.train_loss:.4f}")
     return table
-
-
-def _keep_to(recipe: Recipe, output: Path) -> None:
-    """Let all points of a table be trained alike.
-
-    Raises:
-        UserError: Those that are there were trained otherwise.
-    """
-    file, own = output / "recipe.json", json.dumps(recipe.description(), default=str, indent=1)
-    if not file.exists():
-        if (output / "points.csv").exists():
-            raise UserError(f"{output} has points but no {file.name}: give another --output")
-        write_text(file, own + "\n")
-        return
-    try:
-        there, here = json.loads(file.read_text(encoding="utf-8")), json.loads(own)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is damaged: give another --output") from error
-    for name in sorted(there | here):
-        if there.get(name) != here.get(name):
-            raise UserError(
-                f"the points in {output} were trained with {name} {there.get(name)}, not "
-                f"{here.get(name)}: give another --output"
-            )

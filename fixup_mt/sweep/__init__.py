@@ -1,0 +1,1 @@
+"""``python -m fixup_mt sweep``: short trainings over methods, depths and learning rates."""
