@@ -23,7 +23,7 @@ from fairseq.nan_detector import NanDetector
 from torch import nn
 
 from fixup_mt.errors import UserError
-from fixup_mt.host import repairs
+from fixup_mt.host import checkpoints, repairs
 from fixup_mt.host.flow_log import log_gradients_where_asked
 from fixup_mt.host.patches import MARK, Patch
 from tests.conftest import ENVIRONMENT, ROOT, fairseq, train_flags
@@ -126,7 +126,7 @@ def test_a_changed_function_is_left_alone_with_one_line(
         return shutil.copyfile(source, target)
 
     monkeypatch.setattr(PathManager, "copy", staticmethod(copy))
-    assert not repairs.copy_checkpoints_atomically.apply()
+    assert not checkpoints.copy_checkpoints_atomically.apply()
     (message,) = caplog.messages
     assert "\n" not in message
     assert "copy_checkpoints_atomically is left out: fairseq.file_io:PathManager.copy" in message
@@ -377,7 +377,7 @@ def restored(monkeypatch) -> list[SimpleNamespace]:
         seen.append(cfg)
 
     monkeypatch.setattr(checkpoint_utils, "load_checkpoint", load_checkpoint)
-    assert repairs.find_the_restore_file.apply()
+    assert checkpoints.find_the_restore_file.apply()
     return seen
 
 
