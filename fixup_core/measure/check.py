@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", nargs="+", type=int, help="three or more")
     parser.add_argument("--seeds", type=int, help="networks of each depth")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="default: sgd")
+    parser.add_argument("--steps", type=int, default=1, help="how many; default: 1")
+    parser.add_argument("--lr", type=float, help="step size; default: tiny, 1e-3 for several steps")
     parser.add_argument("--moved", choices=MOVED, help="what takes the step; default: branches")
     parser.add_argument(
         "--branches", metavar="ENDING", help="move only the branches whose name ends so"
@@ -88,6 +90,8 @@ def _check(args: argparse.Namespace, method: str | None) -> DepthCheck:
     return depth_check(
         **options,
         optimizer=OPTIMIZERS[args.optimizer],
+        steps=args.steps,
+        eta=args.lr,
         progress=lambda line: print(prefix + line, file=sys.stderr),
     )
 
@@ -111,7 +115,13 @@ def _subject(net: str, method: str | None) -> dict[str, Any]:
 
 def _plain(check: DepthCheck) -> dict[str, Any]:
     """As JSON has it: what is infinite or no number becomes null."""
-    found = {**asdict(check), "slope": asdict(check.slope), "verdict": check.verdict}
+    found = {
+        **asdict(check),
+        "slope": asdict(check.slope),
+        "slopes": [asdict(slope) for slope in check.slopes],
+        "movement": check.movement and asdict(check.movement),
+        "verdict": check.verdict,
+    }
     return {key: _finite(value) for key, value in found.items()}
 
 

@@ -1,7 +1,9 @@
-"""The depth check: does one small step change the network's function as much at any depth?
+"""The depth check: do steps change the network's function as much at any depth?
 
 For depth what the coordinate check of mup (Yang et al. 2022, section 5) is for width. It knows
-nothing of a rule: it takes any function that builds a network of a depth.
+nothing of a rule: it takes any function that builds a network of a depth. One infinitesimal step
+tells of the gradient at the start alone; from the second real step on, layers that have moved
+multiply each other, and a rule can be flat in the first sense and grow in the second.
 """
 
 from __future__ import annotations
@@ -30,41 +32,64 @@ SEEDS = 10
 TOLERANCE = 0.2
 """Of the slope: over ``DEPTHS``, a span of 32, the size may at most double or halve."""
 
+REAL_STEP = 1e-3
+"""Step size where there are several, if none is given: that of Adam in common use."""
+
+Sizes = tuple[tuple[float, ...], ...]
+"""For each depth, one number a seed."""
 Chosen = str | Callable[[nn.Module], Iterable[nn.Parameter]]
 
 
 @dataclass(frozen=True)
 class DepthCheck:
-    """How much one step changes the network's function, by depth.
+    """How much steps change the network's function, by depth.
 
     Attributes:
         depths: As they were asked for.
         num_branches: L of each network, counted; its depth where no branch is declared.
-        sizes: For each depth, one number a seed: the root mean square change of the outputs,
-            divided by the step size.
+        sizes: For each depth, one number a seed: the root mean square change of the outputs since
+            the start, after the last step, divided by the step size.
         tolerance: How far from 0 a flat slope may be.
+        earlier: The sizes after the steps before the last, in order.
+        moves: For each depth, one number a seed: how far the layers of branches but the last have
+            moved, over their size and the step size; empty where no branch is declared, or none
+            of these layers takes the steps.
     """
 
     depths: tuple[int, ...]
     num_branches: tuple[int, ...]
-    sizes: tuple[tuple[float, ...], ...]
+    sizes: Sizes
     tolerance: float = TOLERANCE
+    earlier: tuple[Sizes, ...] = ()
+    moves: Sizes = ()
+
+    @cached_property
+    def slopes(self) -> tuple[Slope, ...]:
+        """After each step: of the logarithm of the size over that of L, and its 95 % interval."""
+        return tuple(self._fit(sizes) for sizes in (*self.earlier, self.sizes))
 
     @cached_property
     def slope(self) -> Slope:
-        """Of the logarithm of the size over the logarithm of L, and its 95 % interval."""
-        if not all(math.isfinite(size) for found in self.sizes for size in found):
-            return Slope(math.inf, math.inf, math.inf)
-        pairs = zip(self.num_branches, self.sizes, strict=True)
-        return fit_slope([(math.log(L), math.log(size)) for L, found in pairs for size in found])
+        """The one that is farthest from flat; of one step its own."""
+        return max(self.slopes, key=lambda slope: max(abs(slope.low), abs(slope.high)))
+
+    @cached_property
+    def movement(self) -> Slope | None:
+        """Slope of the relative movement of inner layers over L, both logarithms.
+
+        Where it is negative, deeper networks learn lazily: their inner layers stay what they were
+        drawn as. ``None`` where nothing was measured.
+        """
+        return self._fit(self.moves) if self.moves else None
 
     @property
     def verdict(self) -> str:
         """What the slope says: one of four words.
 
-        "flat": the whole interval lies within the tolerance. "growing", "shrinking": the slope
-        lies outside it, and the interval on one side of 0; a size that is infinite or no number
-        counts as growing. "unclear": neither; more seeds or depths would tell.
+        "flat": after every step the whole interval lies within the tolerance. "growing",
+        "shrinking": the slope lies outside it, and the interval on one side of 0; a size that is
+        infinite or no number counts as growing. "unclear": neither; more seeds or depths would
+        tell.
         """
         slope = self.slope
         if -self.tolerance <= slope.low and slope.high <= self.tolerance:
@@ -78,12 +103,19 @@ class DepthCheck:
         return self.verdict == "flat"
 
     def summary(self) -> str:
-        """One line: the slope, its interval and the verdict."""
+        """The slope, its interval and the verdict; of several steps the slope after each too."""
         slope = self.slope
-        return (
+        line = (
             f"slope {slope.value:.2f} (95 % interval {slope.low:.2f} to {slope.high:.2f}; "
             f"flat is within {self.tolerance:g} of 0): {self.verdict}"
         )
+        if not self.earlier:
+            return line
+        each = ", ".join(f"{one.value:.2f}" for one in self.slopes)
+        lines = [f"slope after each step: {each}; the worst decides", line]
+        if self.movement is not None:
+            lines.append(f"relative movement of inner layers: slope {self.movement.value:.2f}")
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         """A table, a line for each depth, and the verdict."""
@@ -94,6 +126,13 @@ class DepthCheck:
             cells.append((str(depth), str(branches), f"{mean:.4g}", f"{spread:.2g}"))
         lines = ["".join(cell.rjust(10) for cell in row[:3]) + row[3].rjust(20) for row in cells]
         return "\n".join([*lines, self.summary()])
+
+    def _fit(self, sizes: Sizes) -> Slope:
+        """Infinite where a size is no number above 0."""
+        if not all(math.isfinite(size) and size > 0 for found in sizes for size in found):
+            return Slope(math.inf, math.inf, math.inf)
+        pairs = zip(self.num_branches, sizes, strict=True)
+        return fit_slope([(math.log(L), math.log(size)) for L, found in pairs for size in found])
 
     def plot(self, file: Path | str) -> None:
         """The figure of this check alone."""
@@ -133,6 +172,7 @@ def depth_check(
     batch: tuple[Inputs, Any],
     depths: Sequence[int] = DEPTHS,
     seeds: int = SEEDS,
+    steps: int = 1,
     moved: Chosen = "branches",
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
     eta: float | None = None,
@@ -142,10 +182,10 @@ def depth_check(
     tolerance: float = TOLERANCE,
     progress: Callable[[str], object] = lambda line: None,
 ) -> DepthCheck:
-    """Measure how much one step changes a network's function, against its depth.
+    """Measure how much one step, or several, change a network's function, against its depth.
 
     Each network is built, given a random head where its own is 0 (else the head alone would
-    move), stepped once on the batch, and compared with itself on the same batch. It stays in the
+    move), stepped on the batch, and compared with itself on the same batch. It stays in the
     mode in which ``make_net`` returns it: batch normalisation is to be measured in training mode;
     masks of dropout are the same before and after the step. PyTorch's random numbers are as before
     when the check is done.
@@ -155,12 +195,13 @@ def depth_check(
         batch: Inputs and targets. Inputs are a tensor, or a tuple or dictionary of arguments.
         depths: Three or more.
         seeds: Networks of each depth.
-        moved: What takes the step: "branches", the weights that the blocks declare in
+        steps: How many, one after the other; a rule for Adam shows after the second.
+        moved: What takes the steps: "branches", the weights that the blocks declare in
             ``residual_branches()``; "scalars", these and all scalars; "all" parameters; or a
             function from the network to some of its parameters.
         optimizer: Called with parameters and ``lr=``, such as ``torch.optim.Adam``.
-        eta: Step size; by default the square root of the precision of ``dtype``, at which the
-            change is as good as linear in it.
+        eta: Step size; by default, for one step, the square root of the precision of ``dtype``,
+            at which the change is as good as linear in it; for several 1e-3.
         loss: Of outputs and targets; cross-entropy by default. Where the network returns a tuple,
             list or dictionary, the first floating-point tensor in it is the outputs.
         head: Path of the last layer, for a network that declares no ``classifier_layers()``; the
@@ -176,34 +217,49 @@ def depth_check(
     """
     if moved not in MOVED and not callable(moved):
         raise UserError(f"moved is {moved!r}: take {', '.join(MOVED)}, or a function of the net")
+    if steps < 1:
+        raise UserError(f"a depth check takes at least 1 step, got {steps}")
     if seeds < 1 or min(depths, default=0) < 1 or len(set(depths)) < 3:
         raise UserError("a depth check takes three different depths or more, each at least 1")
     step = _Step(
         batch=_converted(batch, dtype),
         choose=moved if callable(moved) else MOVED[moved],
         optimizer=optimizer,
-        eta=eta or math.sqrt(torch.finfo(dtype).eps),
+        eta=eta or (math.sqrt(torch.finfo(dtype).eps) if steps == 1 else REAL_STEP),
+        steps=steps,
         loss=loss,
         head=head,
     )
-    counts, sizes = [], []
+    counts: list[int] = []
+    found: list[list[_Change]] = []
     for depth in depths:
-        found = []
+        found.append([])
         for seed in range(seeds):
             with torch.random.fork_rng(range(torch.cuda.device_count())):
                 torch.manual_seed(seed)
                 net = make_net(depth).to(dtype)
-                found.append(step.size(net))
+                found[-1].append(step.change(net))
         counts.append(len(collect_branches(net)) or depth)
-        sizes.append(tuple(found))
-        progress(f"depth {depth}: L = {counts[-1]}, change {_mean(found):.4g}")
+        mean = _mean([change.sizes[-1] for change in found[-1]])
+        progress(f"depth {depth}: L = {counts[-1]}, change {mean:.4g}")
     if len(set(counts)) < 3:
         raise UserError(f"the networks have {counts} branches: make_net takes no heed of the depth")
-    return DepthCheck(tuple(depths), tuple(counts), tuple(sizes), tolerance)
+    *earlier, sizes = (
+        tuple(tuple(change.sizes[k] for change in each) for each in found) for k in range(steps)
+    )
+    moves = tuple(tuple(c.move for c in each if c.move is not None) for each in found)
+    return DepthCheck(
+        tuple(depths),
+        tuple(counts),
+        sizes,
+        tolerance,
+        tuple(earlier),
+        moves if all(moves) else (),
+    )
 
 
 def assert_depth_stable(make_net: Callable[[int], nn.Module], **options: Any) -> None:
-    """For tests: the change of one step does not depend on depth.
+    """For tests: what one step changes, or several (``steps=``), does not depend on depth.
 
     Args:
         make_net: As ``depth_check`` takes it.
@@ -214,7 +270,8 @@ def assert_depth_stable(make_net: Callable[[int], nn.Module], **options: Any) ->
     """
     check = depth_check(make_net, **options)
     if not check.flat:
-        raise AssertionError(f"one step's change of the function is {check.verdict}\n{check}")
+        what = "one step's change" if options.get("steps", 1) == 1 else "the change by the steps"
+        raise AssertionError(f"{what} of the function is {check.verdict}\n{check}")
 
 
 def branch_weights(net: nn.Module, ending: str = "") -> list[nn.Parameter]:
@@ -250,45 +307,71 @@ MOVED: dict[str, Callable[[nn.Module], Iterable[nn.Parameter]]] = {
 
 
 @dataclass(frozen=True)
+class _Change:
+    """What the steps have changed: the outputs after each, and how far inner layers moved."""
+
+    sizes: tuple[float, ...]
+    move: float | None
+
+
+@dataclass(frozen=True)
 class _Step:
-    """One step and what it changes."""
+    """The steps, and what they change."""
 
     batch: tuple[Inputs, Any]
     choose: Callable[[nn.Module], Iterable[nn.Parameter]]
     optimizer: Callable[..., torch.optim.Optimizer]
     eta: float
+    steps: int
     loss: Callable[[Any, Any], Tensor]
     head: str | None
 
-    def size(self, net: nn.Module) -> float:
-        """Root mean square change of the outputs over eta."""
+    def change(self, net: nn.Module) -> _Change:
+        """Root mean square change of the outputs over eta, after each step."""
         moved = [p for p in self.choose(net) if p.requires_grad]
         if not moved:
             raise UserError("moved= names no parameter that can take a step")
         draw_zero_heads_(_heads(net, self.head))
-        before = self._outputs(net)
-        gradients = torch.autograd.grad(
-            self.loss(before, self.batch[1]), moved, allow_unused=True, materialize_grads=True
-        )
-        for parameter, gradient in zip(moved, gradients, strict=True):
-            parameter.grad = gradient
-        self.optimizer(moved, lr=self.eta).step()
-        with torch.no_grad():
-            change = self._outputs(net) - before
-        size = (change / self.eta).square().mean().sqrt().item()
-        if size == 0:
+        ids = {id(parameter) for parameter in moved}
+        inner = [p for p in _inner_weights(net) if id(p) in ids]
+        drawn = [p.detach().clone() for p in inner]
+        optimizer = self.optimizer(moved, lr=self.eta)
+        outputs = before = self._outputs(net)
+        sizes = []
+        for _ in range(self.steps):
+            gradients = torch.autograd.grad(
+                self.loss(outputs, self.batch[1]), moved, allow_unused=True, materialize_grads=True
+            )
+            for parameter, gradient in zip(moved, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            outputs = self._outputs(net)
+            change = (outputs - before).detach() / self.eta
+            sizes.append(change.square().mean().sqrt().item())
+        if sizes[0] == 0:
             raise UserError(
                 "the step changes nothing: something at 0 stands between the outputs and what "
                 "moves. If it is the last layer, name it in head=; if it is a multiplier or gain "
                 "behind each branch, move that too (moved=)"
             )
-        return size
+        moves = [_relative(p, start) / self.eta for p, start in zip(inner, drawn, strict=True)]
+        return _Change(tuple(sizes), _mean(moves) if moves else None)
 
     def _outputs(self, net: nn.Module) -> Tensor:
         outputs = first_tensor(outputs_of(net, self.batch[0]))
         if outputs is None:
             raise UserError(f"{type(net).__name__} must return a floating-point tensor")
         return outputs
+
+
+def _inner_weights(net: nn.Module) -> list[nn.Parameter]:
+    """The weights of branches but the last of each, those that are not 0."""
+    layers = [layer for branch in collect_branches(net) for layer in branch.layers[:-1]]
+    return [p for layer in layers for p in layer.sources if p.detach().any()]
+
+
+def _relative(parameter: Tensor, start: Tensor) -> float:
+    return ((parameter.detach() - start).norm() / start.norm()).item()
 
 
 def _heads(net: nn.Module, name: str | None) -> Sequence[nn.Module | WeightLayer]:

@@ -155,8 +155,7 @@ def job(point: Point, recipe: Recipe, output: Path) -> Job:
     def on_line(line: str, bar: Any) -> None:
         found = LOGGED.search(line)
         if found and found[1] == "train_inner":
-            bar.n = int(json.loads(found[2])["num_updates"])
-            bar.refresh()
+            bar.update(int(json.loads(found[2])["num_updates"]) - bar.n)
 
     return Job(
         point.name,
