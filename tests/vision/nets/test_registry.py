@@ -21,6 +21,7 @@ NETS = {
 }
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 REFUSED = {
+    ("", lambda m: m.only == "Transformers"): "is not defined for",
     ("highway", lambda m: m.needs_branches or m.norm): "gates in place of norms",
     ("cifar_wrn", lambda m: m.zero_last_gains): "ends with a normalisation layer",
 }
