@@ -1,7 +1,7 @@
 """Repairs of what today's fairseq does silently wrong, applied when the plugin is imported.
 
-``FIXUP_MT_REPAIRS=0`` in the environment turns all of them off, and ``--fixup-log-gradients`` with
-them (checkpoints of fairseq's own models then need fairseq's own ways of loading them). fairseq
+``FIXUP_MT_REPAIRS=0`` in the environment turns all of them off, but not what our own options need
+(checkpoints of fairseq's own models then need fairseq's own ways of loading them). fairseq
 used as a library goes on working: a repair acts where a command would go wrong, and there alone.
 """
 
@@ -20,6 +20,7 @@ from fixup_core.command_line import speak_utf8
 from fixup_mt.errors import install_hook
 from fixup_mt.host import checkpoints, generation, tasks, texts
 from fixup_mt.host.checkpoints import load_checkpoints_safely
+from fixup_mt.host.clipping import clip_adaptively_where_asked
 from fixup_mt.host.flow_log import log_gradients_where_asked
 from fixup_mt.host.generation import (
     batches_of_a_shard,
@@ -175,16 +176,23 @@ REPAIRS: tuple[Patch, ...] = (
     *tasks.REPAIRS,
 )
 
+OPTIONS = (clip_adaptively_where_asked, log_gradients_where_asked)
+"""What stands behind options of our own. The last is outermost: gradients are logged as they come,
+before they are clipped."""
+
 
 def apply() -> None:
-    """Apply all repairs, unless the switch is off; say so in the log. Twice is harmless."""
+    """Apply what our options need, and all repairs unless the switch is off; say so in the log.
+
+    Twice is harmless.
+    """
+    for option in OPTIONS:
+        option.apply()
     if os.environ.get(SWITCH) == "0":
-        text = "the repairs of fairseq are off, and --fixup-log-gradients with them (%s=0)"
-        logger.warning(text, SWITCH)
+        logger.warning("the repairs of fairseq are off (%s=0)", SWITCH)
         return
     load_checkpoints_safely()
     give_numpy_its_old_names()
-    log_gradients_where_asked.apply()
     plain = (load_checkpoints_safely.__name__, give_numpy_its_old_names.__name__)
     on = ", ".join([*plain, *(r.name for r in REPAIRS if r.apply())])
     logger.info("repairs of fairseq are on (%s=0 turns them off): %s", SWITCH, on)
@@ -192,7 +200,7 @@ def apply() -> None:
 
 def undo() -> None:
     """Take all patches off. The classes that checkpoints may hold stay allowed."""
-    for item in (log_gradients_where_asked, *reversed(REPAIRS)):
+    for item in (*reversed(OPTIONS), *reversed(REPAIRS)):
         item.undo()
     uncover_eval()
     take_numpys_old_names_away()

@@ -25,6 +25,7 @@ from omegaconf import II, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from fixup_core import METHODS, Method
+from fixup_core.clipping import check_share
 from fixup_core.rules.method import BASE_BRANCHES
 from fixup_core.rules.methods import TRANSFORMERS, check_defined, method_named
 from fixup_mt.errors import UserError
@@ -105,6 +106,9 @@ class FixupOptions:
     compile: bool = _option(
         False, "train with layers compiled by torch.compile; needs a C++ compiler, or a GPU"
     )
+    agc: float = _option(
+        0.0, "clip gradients by the size of the weights: the largest share, such as 0.01; 0: do not"
+    )
     log_gradients: bool = _option(False, "log the gradient norm of every layer, to TensorBoard too")
 
     @classmethod
@@ -118,7 +122,10 @@ class FixupOptions:
         given = {name: getattr(cfg, PREFIX + name, None) for name in kinds}
         # fairseq's parsers leave None where the command line says nothing.
         values = {name: kinds[name](v) for name, v in given.items() if v is not None}
-        return cls(**values)
+        options = cls(**values)
+        if options.agc:
+            check_share(options.agc)
+        return options
 
     @property
     def record(self) -> Method:

@@ -1,0 +1,27 @@
+"""``--fixup-agc``: adaptive gradient clipping in fairseq's trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fixup_core.clipping import clip_adaptively_
+from fixup_mt.errors import UserError
+from fixup_mt.host.patches import patch
+from fixup_mt.model.config import FixupOptions
+
+
+@patch("fairseq.trainer:Trainer.clip_grad_norm", "self clip_norm")
+def clip_adaptively_where_asked(original: Any) -> Any:
+    """Before ``--clip-norm``, which sees what is left."""
+
+    def clip_grad_norm(self: Any, clip_norm: float) -> Any:
+        share = FixupOptions.of(self.cfg.model).agc
+        if share:
+            if self.cfg.common.amp:
+                raise UserError("--fixup-agc cannot see the gradients under --amp: leave one out")
+            # In half precision the gradients are multiplied by a scale that comes off later.
+            scale = float(getattr(self.optimizer, "_multiply_factor", 1.0))
+            clip_adaptively_(self.get_model(), share, scale=scale)
+        return original(self, clip_norm)
+
+    return clip_grad_norm
