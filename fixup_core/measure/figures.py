@@ -80,7 +80,7 @@ def draw(
     Raises:
         UserError: matplotlib is missing, or does not know the format.
     """
-    columns = min(columns or len(panels), len(panels))
+    columns = max(1, min(columns or len(panels), len(panels)))
     rows = math.ceil(len(panels) / columns)
     figure = _figure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
     places = figure.subplots(rows, columns, squeeze=False, sharey=share_y).flat

@@ -50,7 +50,7 @@ class _Entry:
     parameter: Tensor
     row: Row
     shape: str = "normal"
-    constant: float | None = None
+    constant: float | Tensor | None = None
     zero_row: int | None = None
 
 
@@ -383,10 +383,11 @@ class _InitPlan:
     def _bias(self, layer: WeightLayer, role: str) -> None:
         bias = layer.bias_vector
         if bias is not None:
-            value = getattr(layer.module, "initial_bias", 0.0)
-            self._constant(bias, f"{role} bias vector", value, value)
+            start: Any = getattr(layer.module, "initial_bias", 0.0)
+            value = start.mean().item() if isinstance(start, Tensor) else start
+            self._constant(bias, f"{role} bias vector", start, value)
 
-    def _constant(self, parameter: Tensor, role: str, stored: float, value: float) -> None:
+    def _constant(self, parameter: Tensor, role: str, stored: float | Tensor, value: float) -> None:
         row = Row(self.names[id(parameter)], role, std=0.0, value=value)
         self._add(_Entry(parameter, row, constant=stored))
 
@@ -405,7 +406,7 @@ class _InitPlan:
 def _write_(entry: _Entry, generator: Generator | None) -> None:
     parameter, std = entry.parameter, entry.row.std
     if entry.constant is not None:
-        parameter.fill_(entry.constant)
+        parameter.copy_(torch.as_tensor(entry.constant))
     elif entry.shape == "uniform":
         bound = math.sqrt(3) * std
         parameter.uniform_(-bound, bound, generator=generator)

@@ -46,6 +46,8 @@ class Method:
             the stacks' names and the number of blocks of every stack.
         zero_last: Rule 1 in the branches: the last layer of each starts at 0.
         zero_head: Rule 1 at the end: the classifier starts at 0. Else it is drawn as PyTorch does.
+        head_prior: The classifier has a bias vector that starts at the logarithm of the classes'
+            frequencies, where these are known.
         standard: The distribution of all layers, wherever they stand; ``None``: every layer has
             its own, times the factor in a branch.
         biases: Rule 3's scalar biases, before weight layers and activations.
@@ -77,6 +79,7 @@ class Method:
     embeddings: Callable[[set[str], dict[str, int]], float] | None = None
     zero_last: bool = False
     zero_head: bool = False
+    head_prior: bool = False
     standard: Standard | None = None
     biases: bool = False
     multiplier: float | None = None

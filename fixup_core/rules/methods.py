@@ -73,8 +73,10 @@ _RECORDS = (
         name="fixup_adam",
         text="Fixup's goal under Adam: branches times the fixed number c / L, weights unscaled",
         source=f"{PAPER}, section 3, carried over to Adam; exponent as Dey et al. 2025",
-        differs="no factor of rule 2; c is the number of branches at which the rate was tuned",
+        differs="no factor of rule 2; c is the number of branches at which the rate was tuned; a "
+        "language's output starts at the frequencies of its words",
         factor=no_factor,
+        head_prior=True,
         depth_power=1.0,
     ),
     replace(

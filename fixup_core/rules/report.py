@@ -21,7 +21,7 @@ class Row:
         L: Residual branches of the network.
         factor: What the method multiplied the standard deviation by; 0 for a branch's last layer.
         standard: The distribution's name.
-        value: The value of a scalar or bias vector.
+        value: The value of a scalar or bias vector; the mean where its elements differ.
     """
 
     name: str

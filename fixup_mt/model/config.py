@@ -98,6 +98,12 @@ class FixupOptions:
         "scale (logits times d^-1/2), gain (logits times a scalar that starts at 0)",
         choices=("leave", "scale", "gain"),
     )
+    output_bias: str = _option(
+        "auto",
+        "where a bias vector of the output layer starts: frequencies (logarithms of those of the "
+        "words in the training data), none (there is no such vector), auto (as the method has it)",
+        choices=("auto", "frequencies", "none"),
+    )
     autocast: str = _option(
         "none",
         "run the model under torch.autocast in this type; scalars, logits and loss stay float32",
@@ -143,6 +149,12 @@ class FixupOptions:
         method = check_defined(method_named(self.method), TRANSFORMERS, defined)
         given = self.base_branches != BASE_BRANCHES
         return method.with_base(self.base_branches if given else None)
+
+    @property
+    def starts_at_frequencies(self) -> bool:
+        """Whether the output layer has a bias vector that starts at the words' frequencies."""
+        asked = self.output_bias == "auto" and self.record.head_prior
+        return asked or self.output_bias == "frequencies"
 
     @property
     def precision(self) -> torch.dtype | None:

@@ -116,11 +116,11 @@ class TiedProjection(nn.Linear):
         self.gain = ScalarMultiplier(0.0) if how == "gain" else nn.Identity()
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.gain(input * self.scale), self.weight)
+        return F.linear(self.gain(input * self.scale), self.weight, self.bias)
 
-    def folded(self) -> tuple[Tensor, None]:
-        """Weight of the plain linear layer that computes the same; there is no bias vector."""
-        return self.weight * (self.scale * value_of(self.gain, 1.0)), None
+    def folded(self) -> Products:
+        """Weight and bias vector of the plain linear layer that computes the same."""
+        return self.weight * (self.scale * value_of(self.gain, 1.0)), self.bias
 
 
 def folded(layer: Any, *slots: nn.Module) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from fixup_mt.model.config import (
     optimizer_name,
     plain,
 )
+from fixup_mt.model.prior import log_frequencies
 from fixup_mt.model.stacks import FixupDecoder, FixupEncoder
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class FixupTransformerModel(TransformerModelBase):
             model,
             config.fixup,
             optimizer_name(cfg),
+            task,
             keep=(p for module in pretrained for p in module.parameters()),
         )
         return model
@@ -101,13 +103,17 @@ class FixupLanguageModel(TransformerLanguageModel):
         embedder = model.decoder.embed_tokens
         own = isinstance(embedder, CharacterTokenEmbedder)
         _initialise_(
-            model, config.fixup, optimizer_name(cfg), keep=embedder.parameters() if own else ()
+            model,
+            config.fixup,
+            optimizer_name(cfg),
+            task,
+            keep=embedder.parameters() if own else (),
         )
         return model
 
 
 def _initialise_(
-    model: Any, options: FixupOptions, optimizer: str, *, keep: Iterable[nn.Parameter]
+    model: Any, options: FixupOptions, optimizer: str, task: Any, *, keep: Iterable[nn.Parameter]
 ) -> None:
     """Anchor the scalars at the rate the optimiser needs, then write all weights by the method."""
     try:
@@ -115,5 +121,14 @@ def _initialise_(
     except ValueError as error:
         raise UserError(f"--fixup-scalar-lr-ratio: {error}") from error
     anchor_scalars_(model, rate)
+    decoder = model.decoder
+    if decoder.adaptive_softmax is not None and options.output_bias == "frequencies":
+        raise UserError(
+            "--fixup-output-bias frequencies is for one output layer: leave it out, or "
+            "--adaptive-softmax-cutoff"
+        )
+    if decoder.adaptive_softmax is None and options.starts_at_frequencies:
+        start = log_frequencies(task, task.target_dictionary)
+        decoder.output_projection.initial_bias = start
     model.fixup_report = initialise_(model, options.record, keep=keep)
     logger.info("%s: %s", options.method, model.fixup_report.summary())

@@ -101,9 +101,13 @@ class FixupDecoder(TransformerDecoderBase):
 
     def build_output_projection(self, cfg: Any, dictionary: Any, embed_tokens: Any) -> None:
         super().build_output_projection(cfg, dictionary, embed_tokens)
-        if self.adaptive_softmax is None and self.share_input_output_embed:
+        if self.adaptive_softmax is not None:
+            return
+        if self.share_input_output_embed:
             tied = TiedProjection(embed_tokens.weight, cfg.fixup.tied_output)
             self.output_projection = tied
+        if cfg.fixup.starts_at_frequencies:
+            self.output_projection.bias = nn.Parameter(torch.zeros(len(dictionary)))
 
     def stack_embeddings(self) -> Iterator[tuple[nn.Module, str]]:
         """What the stack begins with, for methods that scale it by the depth."""

@@ -15,14 +15,17 @@ from fixup_mt.model.model import FixupLanguageModel, FixupTransformerModel
 from tests.mt.helpers import build
 
 GIVEN = {
-    "fixup_method": "fixup_authors",
+    "fixup_method": "fixup_adam",
+    "fixup_base_branches": 4.0,
     "fixup_scalar_lr_ratio": 0.25,
     "fixup_tied_output": "gain",
+    "fixup_output_bias": "frequencies",
     "fixup_autocast": "bf16",
     "fixup_compile": True,
+    "fixup_agc": 0.5,
     "fixup_log_gradients": True,
 }
-OTHER = FixupOptions("fixup_authors", 0.25, "gain", "bf16", True, True)
+OTHER = FixupOptions(**{name.removeprefix("fixup_"): value for name, value in GIVEN.items()})
 
 
 def test_every_option_is_read_from_any_configuration() -> None:
