@@ -40,6 +40,8 @@ class ImageFolderData(VisionData):
         workers: Processes that read.
         skip_corrupt: Leave out files that are not images.
         cache: Where an archive is unpacked.
+        balanced: Train on as many images of each class: those of small classes come several times
+            in an epoch.
     """
 
     def __init__(
@@ -55,8 +57,9 @@ class ImageFolderData(VisionData):
         workers: int = 4,
         skip_corrupt: bool = False,
         cache: Path = CACHE,
+        balanced: bool = False,
     ) -> None:
-        super().__init__(batch_size, val_size, seed)
+        super().__init__(batch_size, val_size, seed, balanced=balanced)
         self.root, self.cache, self.workers = Path(root), Path(cache), workers
         self.skip_corrupt, self.image_size = skip_corrupt, image_size
         finish = [transforms.ToTensor(), transforms.Normalize(mean, std)]
@@ -96,6 +99,7 @@ class ImageFolderData(VisionData):
         self.classes = self.classes or trees.class_names(tree / "train")
         if stage in ("fit", "validate"):
             self._set_up_training(tree)
+            trees.places_in(self.classes, trees.class_names(_test_folder(tree)), "the test images")
         if stage == "test":
             self.parts["test"] = self._folder(_test_folder(tree), self.test_transform)
         if stage == "predict":
@@ -120,6 +124,11 @@ class ImageFolderData(VisionData):
             "train": Subset(whole, train.tolist()),
             "val": Subset(plain, cut_out.tolist()),
         }
+
+    def labels(self, data: Any) -> torch.Tensor:
+        if isinstance(data, Subset):
+            return self.labels(data.dataset)[data.indices]
+        return torch.tensor(data.targets)
 
     def _tree(self) -> Path:
         if self.root.is_dir():

@@ -74,8 +74,8 @@ def loose_images(root: Path) -> list[Path]:
     return images_below(root)
 
 
-def places_in(known: Iterable[str], found: Iterable[str]) -> list[int]:
-    """The place of every class found in the list of known ones.
+def places_in(known: Iterable[str], found: Iterable[str], whose: str = "the images") -> list[int]:
+    """The place of every class found in the list of known ones; ``whose`` is for the message.
 
     Raises:
         UserError: A class that is not known.
@@ -86,7 +86,7 @@ def places_in(known: Iterable[str], found: Iterable[str]) -> list[int]:
         names, more = ", ".join(new[:3]), " and others" if len(new) > 3 else ""
         few = ", ".join(list(places)[:5]) + (", ..." if len(places) > 5 else "")
         raise UserError(
-            f"the images have classes that the training set does not have ({names}{more}); it has "
+            f"{whose} have classes that the training set does not have ({names}{more}); it has "
             f"{len(places)}: {few}"
         )
     return [places[name] for name in found]
