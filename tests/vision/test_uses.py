@@ -247,6 +247,25 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_there(
         assert torch.equal(value, stopped["state_dict"][name]), name
 
 
+class TimeIsUp(Callback):
+    """From the first batch on, as Lightning's Timer says it."""
+
+    def on_train_batch_end(self, trainer, *rest) -> None:
+        trainer.should_stop = True
+
+
+def test_a_run_whose_time_is_up_finishes_the_step_it_accumulates_for(tmp_path: Path) -> None:
+    line = on_digits("--trainer.accumulate_grad_batches", "3")
+    run("fit", tmp_path / "whole", *line)
+    run("fit", tmp_path / "run", *line, "--trainer.callbacks+=tests.vision.test_uses.TimeIsUp")
+    assert _saved(tmp_path / "run")["global_step"] == 1
+    run("fit", tmp_path / "run", *line, "--ckpt_path", "last")
+    whole, stopped = _saved(tmp_path / "whole"), _saved(tmp_path / "run")
+    assert whole["global_step"] == stopped["global_step"] == 2
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, stopped["state_dict"][name]), name
+
+
 class OwnNet(nn.Module):
     def __init__(self, num_classes: int, width: int = 4) -> None:
         super().__init__()
