@@ -247,6 +247,19 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_there(
         assert torch.equal(value, stopped["state_dict"][name]), name
 
 
+@pytest.mark.parametrize(("schedule", "warns"), [("cosine", True), ("step", False)])
+def test_a_longer_run_says_what_becomes_of_the_rate(
+    schedule: str, warns: bool, tmp_path: Path, capsys
+) -> None:
+    line = on_digits("--model.schedule", schedule, "--model.lr", "0.1")
+    run("fit", tmp_path, *line)
+    run("fit", tmp_path, *line, "--ckpt_path", "last")
+    assert "warning" not in capsys.readouterr().err
+    run("fit", tmp_path, *line, "--trainer.max_epochs", "2", "--ckpt_path", "last")
+    told = "was laid out over 4 steps, now over 8: the rate goes on at 0.05 in place of 0."
+    assert (told in capsys.readouterr().err) == warns
+
+
 class TimeIsUp(Callback):
     """From the first batch on, as Lightning's Timer says it."""
 

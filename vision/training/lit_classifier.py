@@ -26,7 +26,7 @@ from vision.training.checkpoints import read_checkpoint
 from vision.training.fine_tuning import freeze_, load_weights_
 from vision.training.mixing import blend
 from vision.training.optimizers import make_optimizer
-from vision.training.schedule import rate_at, steps_per_epoch
+from vision.training.schedule import length_of, rate_at, steps_per_epoch
 
 RANGES = (
     ("num_classes", 2, math.inf),
@@ -293,7 +293,12 @@ class LitClassifier(L.LightningModule):
 
     def rate(self, step: int) -> float:
         """The learning rate of a step over the peak rate, in 0..1."""
-        return rate_at(self.args, step, self.steps_per_epoch, self.trainer)
+        return rate_at(self.args, step, self.steps_per_epoch, self.schedule_length)
+
+    @property
+    def schedule_length(self) -> int | None:
+        """The steps that the schedule is laid out over, if its shape depends on them."""
+        return length_of(self.args, self.steps_per_epoch, self.trainer)
 
 
 def load_classifier(checkpoint: Path) -> LitClassifier:
