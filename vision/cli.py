@@ -56,6 +56,12 @@ NEEDLESS = (
 )
 """Warnings that no command shows."""
 
+MORE_HELP = (
+    "Options of a data set: --data.help CIFAR10 (or Digits, ImageFolderData, ...); of a callback: "
+    "--trainer.callbacks.help EarlyStopping; of a network, --model.options: see the README."
+)
+"""At the end of a command's help, where it is seen."""
+
 
 def run_lightning(line: list[str]) -> None:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` with its options."""
@@ -83,7 +89,8 @@ class VisionCLI(LightningCLI):
             L.LightningDataModule,
             subclass_mode_data=True,
             parser_class=Parser,
-            parser_kwargs={"prog": "python -m vision"},
+            parser_kwargs={"prog": "python -m vision"}
+            | {command: {"epilog": MORE_HELP} for command in self.subcommands()},
             auto_configure_optimizers=False,
             seed_everything_default=1,
             save_config_callback=SavedConfig,

@@ -33,6 +33,15 @@ def _no_arguments(monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["vision"])
 
 
+def test_the_help_ends_with_where_more_of_it_is(capsys) -> None:
+    with pytest.raises(SystemExit):
+        VisionCLI(["fit", "--help"])
+    assert "--data.help CIFAR10" in capsys.readouterr().out[-300:]
+    with pytest.raises(SystemExit):
+        VisionCLI(["fit", "--data.help", "CIFAR10"])
+    assert "--data.balanced" in capsys.readouterr().out
+
+
 def _start(folder: Path, *more: str) -> subprocess.Popen[str]:
     line = [sys.executable, "-W", "ignore", "-m", "vision", "fit", *TINY]
     return subprocess.Popen(
