@@ -13,7 +13,12 @@ from torch import nn
 
 from fixup_core.errors import UserError, explain
 from tests.vision.conftest import Tree, on_digits, on_tree, rows, run
-from vision.training.lit_classifier import LitClassifier, load_classifier
+from vision.data import Digits
+from vision.export import export
+from vision.sweep.figures import lr
+from vision.sweep.lesion import lesion
+from vision.sweep.points import Recipe
+from vision.training.lit_classifier import LitClassifier
 
 
 def _saved(folder: Path, name: str = "last") -> dict:
@@ -300,8 +305,15 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
     run("test", tmp_path, *line)
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
     assert LitClassifier.load_from_checkpoint(checkpoint).net.fc.in_features == 6
-    with pytest.raises(UserError, match="a network of your own: load it in Python"):
-        load_classifier(checkpoint)
+    run("predict", tmp_path, *line)
+    assert len(rows(tmp_path / "predictions.csv")) == 449
+    refused = "OwnNet, a network of your own, .* load it in Python"
+    with pytest.raises(UserError, match=refused):
+        export(checkpoint, tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=refused):
+        lesion(checkpoint, Digits(), tmp_path / "lesion", accelerator="cpu")
+    with pytest.raises(UserError, match="a sweep has no network"):
+        lr(Recipe(Digits()), tmp_path / "lr", net="package.resnet20.Net")
     with pytest.raises(UserError, match=r"give it as --model\.net"):
         run("test", tmp_path, *on_digits())
     with pytest.raises(UserError, match="cannot be imported"):

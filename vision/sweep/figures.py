@@ -15,6 +15,7 @@ from pathlib import Path
 from fixup_core.errors import UserError
 from fixup_core.measure.figures import Curve, Panel, check_figure_file, draw
 from vision import RUNS
+from vision.nets import is_class_path
 from vision.sweep.points import Point, Recipe, run_points
 
 PAPER_METHODS = ("fixup", "batchnorm", "xavier", "lsuv")
@@ -121,8 +122,8 @@ def show(panel: Panel, file: Path) -> None:
 
 def _depth_of(net: str) -> int:
     number = re.search(r"\d+", net)
-    if number is None:
-        raise UserError(f"there is no network {net!r}: names are like cifar_resnet56")
+    if number is None or is_class_path(net):
+        raise UserError(f"a sweep has no network {net!r}: names are like cifar_resnet56")
     return int(number[0])
 
 

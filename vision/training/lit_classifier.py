@@ -313,8 +313,8 @@ def load_classifier(checkpoint: Path) -> LitClassifier:
     given = {name: value for name, value in saved["hyper_parameters"].items() if name in known}
     if is_class_path(str(given.get("net"))):
         raise UserError(
-            f"{checkpoint} is of {given['net']}, a network of your own: load it in Python, by "
-            "LitClassifier.load_from_checkpoint"
+            f"{checkpoint} is of {given['net']}, a network of your own, and a checkpoint must not "
+            "choose what code is run: load it in Python, by LitClassifier.load_from_checkpoint"
         )
     model = LitClassifier(**given)
     model.load_state_dict(saved["state_dict"])
