@@ -32,6 +32,7 @@ from vision.parser import Parser
 from vision.training.averaging import MovingAverage
 from vision.training.callbacks import AugmentedImages
 from vision.training.checkpoints import checkpoint_callbacks, save_whole_files
+from vision.training.image_size import ImageSize
 from vision.training.lit_classifier import LitClassifier
 from vision.training.predictions import PredictionTable
 from vision.training.reporting import Report
@@ -50,6 +51,8 @@ NEEDLESS = (
     ".*is not supported by the model summary",
     ".*LeafSpec.* is deprecated",
     ".*is_fx_tracing",
+    # Nothing is logged by step, but for callbacks with an interval of their own.
+    "The number of training batches .* is smaller than the logging interval",
     # torchmetrics has summed over the processes already.
     "It is recommended to use .*sync_dist=True",
     "LightningCLI's args parameter is intended",
@@ -201,7 +204,7 @@ class SavedConfig(SaveConfigCallback):
 
 def _callbacks(folder: Path, options: Any) -> list[Any]:
     """Those of every run, but for what the user has switched off."""
-    found: list[Any] = [AugmentedImages(), PredictionTable(), Report()]
+    found: list[Any] = [AugmentedImages(), PredictionTable(), Report(), ImageSize()]
     found.append(SameOptions(options.seed_everything))
     if options.trainer.logger is not False:
         found.append(LearningRateMonitor("epoch"))

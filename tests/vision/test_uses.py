@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 from torch import nn
 
 from fixup_core.errors import UserError, explain
@@ -57,6 +58,18 @@ def test_a_folder_without_labels_is_predicted_into_a_new_folder(tree: Tree, tmp_
     assert all(row["class"] == row["image"].split("/")[1] for row in table)
     assert list(table[0])[:5] == ["image", "class", "probability", "class_2", "probability_2"]
     assert float(table[0]["probability"]) >= float(table[0]["probability_2"])
+
+
+def test_images_of_another_size_are_noticed(tree: Tree, tmp_path: Path, capsys) -> None:
+    data = on_tree(tree(train="abc", test="abc"))
+    run("fit", tmp_path / "run", *data)
+    run("predict", tmp_path / "run", *data)
+    assert "warning" not in capsys.readouterr().err
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (20, 10)).save(tmp_path / "photos" / "a.png")
+    run("predict", tmp_path / "run", *data, "--data.root", str(tmp_path / "photos"))
+    told = "trained on images of 8 x 8 pixels; these have 10 x 20: resize them"
+    assert told in capsys.readouterr().err
 
 
 def test_a_saved_configuration_starts_a_training_of_its_own(tmp_path: Path, capsys) -> None:

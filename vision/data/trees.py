@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath, PurePosixPath
 
-from fixup_core.errors import UserError
+from fixup_core.errors import UserError, one_line
 from fixup_core.files import whole_folder
 from vision.data.pictures import IMAGE_ENDINGS
 
@@ -164,7 +164,8 @@ def _explained(archive: Path) -> Iterator[None]:
     try:
         yield
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{archive} is not a {kind} archive, or is damaged: {error}") from error
+        cause = one_line(str(error)).split(": - method")[0]  # tarfile lists all it has tried
+        raise UserError(f"{archive} is not a {kind} archive, or is damaged: {cause}") from error
 
 
 def _archived(source: Path) -> Entries:

@@ -108,6 +108,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     Raises:
         UserError: There is no such file, or it is something else.
     """
+    if file.is_dir():
+        raise UserError(f"{file} is a folder: give a checkpoint in it, as checkpoints/best.ckpt")
     if not file.is_file():
         raise UserError(f"{file} does not exist: give a checkpoint of python -m vision fit")
     found = torch.load(file, map_location="cpu", weights_only=True)

@@ -131,6 +131,10 @@ class LitClassifier(L.LightningModule):
             UserError: They differ.
         """
         found = getattr(self.data, "num_classes", 0)
+        if found == 1:
+            raise UserError(
+                "the training images have one class alone: there is nothing to tell apart"
+            )
         if found and found != self.args.num_classes:
             raise UserError(
                 f"the data have {found} classes, --model.num_classes is "
