@@ -252,6 +252,12 @@ def test_a_wrong_option_names_the_nearest(flags: tuple[str, ...], says: str, cap
     assert stop.value.code == 2 and says in error and "\n" not in error
 
 
+def test_an_option_of_the_data_wants_the_data_before_it(capsys) -> None:
+    with pytest.raises(SystemExit):
+        VisionCLI(["fit", "--data.batch_size", "8", "--data", "Digits"])
+    assert "give --data before --data.batch_size" in capsys.readouterr().err
+
+
 def test_the_command_ends_a_mistake_in_one_line_and_status_2(tmp_path: Path) -> None:
     run = _start(tmp_path, "--ckpt_path", str(tmp_path / "nothing.ckpt"))
     output, _ = run.communicate(timeout=120)

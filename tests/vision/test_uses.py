@@ -176,6 +176,13 @@ def test_a_wrong_optimiser_is_told(name: str, says: str, tmp_path: Path) -> None
         run("fit", tmp_path, *on_digits("--model.optimizer", name))
 
 
+def test_one_class_alone_and_a_folder_as_checkpoint_are_told(tree: Tree, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one class alone: there is nothing to tell apart"):
+        run("fit", tmp_path / "run", *on_tree(tree(train="a"), 3))
+    with pytest.raises(UserError, match=r"is a folder: give a checkpoint in it"):
+        run("test", tmp_path / "new", *on_digits("--ckpt_path", str(tmp_path)))
+
+
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 def test_fine_tuning_keeps_the_body_and_makes_a_new_classifier(tree: Tree, tmp_path: Path) -> None:
     data = tree(train="abc", test="abc")

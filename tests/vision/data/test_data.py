@@ -435,6 +435,20 @@ def test_overfitting_sees_the_same_plain_images_every_epoch(tmp_path: Path) -> N
         assert not torch.equal(*epochs(data, 0))
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"image_size": 0}, "--data.image_size is 0: take a number from 1 upwards"),
+        ({"image_size": 8, "resize": 4}, "--data.resize is 4: take a number from 8 upwards"),
+        ({"workers": -1}, "--data.workers is -1: take a number from 0 upwards"),
+        ({"std": (0.0, 1.0, 1.0)}, "--data.std is .*: take numbers above 0"),
+    ],
+)
+def test_impossible_sizes_are_told_at_once(options: dict, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        ImageFolderData(tmp_path, **options)
+
+
 def test_one_image_can_be_predicted(tmp_path: Path) -> None:
     _tree_of(tmp_path, photos=("a",))
     data = ImageFolderData(tmp_path / "photos/a/2.png", image_size=8, workers=0)
