@@ -187,7 +187,8 @@ def test_one_class_alone_and_a_folder_as_checkpoint_are_told(tree: Tree, tmp_pat
 def test_fine_tuning_keeps_the_body_and_makes_a_new_classifier(tree: Tree, tmp_path: Path) -> None:
     data = tree(train="abc", test="abc")
     run("fit", tmp_path / "first", *on_tree(data), "--model.method", "batchnorm")
-    shutil.rmtree(data / "train" / "c")
+    for split in ("train", "test"):
+        shutil.rmtree(data / split / "c")
     file = tmp_path / "first" / "checkpoints" / "last.ckpt"
     line = (*on_tree(data, 2), "--model.method", "batchnorm", "--model.weights", str(file))
     run("fit", tmp_path / "second", *line, "--model.freeze", "[stem, stages]")
