@@ -91,11 +91,11 @@ def keep_to(recipe: Mapping[str, Any], output: Path) -> None:
         there, here = json.loads(file.read_text(encoding="utf-8")), json.loads(own)
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is damaged: give another --output") from error
-    for name in sorted(there | here):
-        if there.get(name) != here.get(name):
+    for name, value in sorted(there.items()):  # older ones have fewer
+        if value != here.get(name):
             raise UserError(
-                f"the points in {output} were trained with {name} {there.get(name)}, not "
-                f"{here.get(name)}: give another --output"
+                f"the points in {output} were trained with {name} {value}, not {here.get(name)}: "
+                "give another --output"
             )
 
 

@@ -32,6 +32,7 @@ from vision.parser import Parser
 from vision.training.averaging import MovingAverage
 from vision.training.callbacks import AugmentedImages
 from vision.training.checkpoints import checkpoint_callbacks, save_whole_files
+from vision.training.image_size import ImageSize
 from vision.training.lit_classifier import LitClassifier
 from vision.training.predictions import PredictionTable
 from vision.training.reporting import Report
@@ -50,11 +51,19 @@ NEEDLESS = (
     ".*is not supported by the model summary",
     ".*LeafSpec.* is deprecated",
     ".*is_fx_tracing",
+    # Nothing is logged by step, but for callbacks with an interval of their own.
+    "The number of training batches .* is smaller than the logging interval",
     # torchmetrics has summed over the processes already.
     "It is recommended to use .*sync_dist=True",
     "LightningCLI's args parameter is intended",
 )
 """Warnings that no command shows."""
+
+MORE_HELP = (
+    "Options of a data set: --data.help CIFAR10 (or Digits, ImageFolderData, ...); of a callback: "
+    "--trainer.callbacks.help EarlyStopping; of a network, --model.options: see the README."
+)
+"""At the end of a command's help, where it is seen."""
 
 
 def run_lightning(line: list[str]) -> None:
@@ -83,7 +92,8 @@ class VisionCLI(LightningCLI):
             L.LightningDataModule,
             subclass_mode_data=True,
             parser_class=Parser,
-            parser_kwargs={"prog": "python -m vision"},
+            parser_kwargs={"prog": "python -m vision"}
+            | {command: {"epilog": MORE_HELP} for command in self.subcommands()},
             auto_configure_optimizers=False,
             seed_everything_default=1,
             save_config_callback=SavedConfig,
@@ -194,7 +204,7 @@ class SavedConfig(SaveConfigCallback):
 
 def _callbacks(folder: Path, options: Any) -> list[Any]:
     """Those of every run, but for what the user has switched off."""
-    found: list[Any] = [AugmentedImages(), PredictionTable(), Report()]
+    found: list[Any] = [AugmentedImages(), PredictionTable(), Report(), ImageSize()]
     found.append(SameOptions(options.seed_everything))
     if options.trainer.logger is not False:
         found.append(LearningRateMonitor("epoch"))

@@ -32,6 +32,10 @@ class Parser(LightningArgumentParser):
         if not wrong:
             return ""
         name = (wrong[1] or f"--data.{wrong[2]}").split("=")[0]
+        if wrong[2] and name in self._options():
+            return (
+                f"; give --data before {name}, and check that it has the option (--data.help NAME)"
+            )
         options = sorted(self._options() - {name, "--help"})
         same = [option for option in options if option.split(".")[-1] == name.lstrip("-")]
         if same:

@@ -9,6 +9,7 @@ multiply each other, and a rule can be flat in the first sense and grow in the s
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,6 +167,10 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
 
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def depth_check(
     make_net: Callable[[int], nn.Module],
     *,
@@ -180,7 +185,7 @@ def depth_check(
     head: str | None = None,
     dtype: torch.dtype = torch.float64,
     tolerance: float = TOLERANCE,
-    progress: Callable[[str], object] = lambda line: None,
+    progress: Callable[[str], object] = _to_stderr,
 ) -> DepthCheck:
     """Measure how much one step, or several, change a network's function, against its depth.
 
@@ -191,7 +196,8 @@ def depth_check(
     when the check is done.
 
     Args:
-        make_net: Builds the network of a depth; PyTorch is seeded before each call.
+        make_net: Builds the network of a depth, one of ``depths``; PyTorch is seeded before each
+            call.
         batch: Inputs and targets. Inputs are a tensor, or a tuple or dictionary of arguments.
         depths: Three or more.
         seeds: Networks of each depth.
@@ -208,7 +214,7 @@ def depth_check(
             last linear layer by default.
         dtype: Of the network and the inputs.
         tolerance: How far from 0 a flat slope may be.
-        progress: Told a line after each depth.
+        progress: Takes a line after each depth; by default it goes to stderr.
 
     Raises:
         UserError: A network that declares no branch while ``moved`` is not given, fewer than
@@ -241,7 +247,8 @@ def depth_check(
                 found[-1].append(step.change(net))
         counts.append(len(collect_branches(net)) or depth)
         mean = _mean([change.sizes[-1] for change in found[-1]])
-        progress(f"depth {depth}: L = {counts[-1]}, change {mean:.4g}")
+        all_depths = ", ".join(map(str, depths))
+        progress(f"depth {depth} of {all_depths}: L = {counts[-1]}, change {mean:.4g}")
     if len(set(counts)) < 3:
         raise UserError(f"the networks have {counts} branches: make_net takes no heed of the depth")
     *earlier, sizes = (

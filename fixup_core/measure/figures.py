@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 6.4, 4.2
 """Of one panel, in inches."""
 DPI = 100
 FEW = 20
-"""Points of a curve that are marked."""
+"""Points of a curve that are marked; of more, a line is seen."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,12 @@ def _fill(axes: Any, panel: Panel) -> None:
 def _line(axes: Any, curve: Curve, log: bool, colour: Any) -> Any:
     """Draw it and return its colour; ``colour`` None takes the next one."""
     heights = [y if math.isfinite(y) and (y > 0 or not log) else math.nan for _, y in curve.points]
-    look = {"ls": "--" if curve.dashed else "-", "marker": "o" if len(heights) <= FEW else ""}
-    xs = [x for x, _ in curve.points]
-    (line,) = axes.plot(xs, heights, ms=3.5, color=colour, label=curve.name, **look)
+    drawn = sum(not math.isnan(height) for height in heights)
+    look = {"ls": "--" if curve.dashed else "-", "marker": "o" if drawn <= FEW else ""}
+    xs, name = [x for x, _ in curve.points], curve.name
+    if name and not drawn and all(y == 0 for _, y in curve.points):
+        name += " (0 everywhere)"
+    (line,) = axes.plot(xs, heights, ms=3.5, color=colour, label=name, **look)
     return line.get_color()
 
 

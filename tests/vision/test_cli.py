@@ -33,6 +33,15 @@ def _no_arguments(monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["vision"])
 
 
+def test_the_help_ends_with_where_more_of_it_is(capsys) -> None:
+    with pytest.raises(SystemExit):
+        VisionCLI(["fit", "--help"])
+    assert "--data.help CIFAR10" in capsys.readouterr().out[-300:]
+    with pytest.raises(SystemExit):
+        VisionCLI(["fit", "--data.help", "CIFAR10"])
+    assert "--data.balanced" in capsys.readouterr().out
+
+
 def _start(folder: Path, *more: str) -> subprocess.Popen[str]:
     line = [sys.executable, "-W", "ignore", "-m", "vision", "fit", *TINY]
     return subprocess.Popen(
@@ -241,6 +250,12 @@ def test_a_wrong_option_names_the_nearest(flags: tuple[str, ...], says: str, cap
         VisionCLI(["fit", *TINY, *flags])
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and says in error and "\n" not in error
+
+
+def test_an_option_of_the_data_wants_the_data_before_it(capsys) -> None:
+    with pytest.raises(SystemExit):
+        VisionCLI(["fit", "--data.batch_size", "8", "--data", "Digits"])
+    assert "give --data before --data.batch_size" in capsys.readouterr().err
 
 
 def test_the_command_ends_a_mistake_in_one_line_and_status_2(tmp_path: Path) -> None:

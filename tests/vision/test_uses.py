@@ -9,11 +9,17 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 from torch import nn
 
 from fixup_core.errors import UserError, explain
 from tests.vision.conftest import Tree, on_digits, on_tree, rows, run
-from vision.training.lit_classifier import LitClassifier, load_classifier
+from vision.data import Digits
+from vision.export import export
+from vision.sweep.figures import lr
+from vision.sweep.lesion import lesion
+from vision.sweep.points import Recipe
+from vision.training.lit_classifier import LitClassifier
 
 
 def _saved(folder: Path, name: str = "last") -> dict:
@@ -52,6 +58,18 @@ def test_a_folder_without_labels_is_predicted_into_a_new_folder(tree: Tree, tmp_
     assert all(row["class"] == row["image"].split("/")[1] for row in table)
     assert list(table[0])[:5] == ["image", "class", "probability", "class_2", "probability_2"]
     assert float(table[0]["probability"]) >= float(table[0]["probability_2"])
+
+
+def test_images_of_another_size_are_noticed(tree: Tree, tmp_path: Path, capsys) -> None:
+    data = on_tree(tree(train="abc", test="abc"))
+    run("fit", tmp_path / "run", *data)
+    run("predict", tmp_path / "run", *data)
+    assert "warning" not in capsys.readouterr().err
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (20, 10)).save(tmp_path / "photos" / "a.png")
+    run("predict", tmp_path / "run", *data, "--data.root", str(tmp_path / "photos"))
+    told = "trained on images of 8 x 8 pixels; these have 10 x 20: resize them"
+    assert told in capsys.readouterr().err
 
 
 def test_a_saved_configuration_starts_a_training_of_its_own(tmp_path: Path, capsys) -> None:
@@ -158,11 +176,19 @@ def test_a_wrong_optimiser_is_told(name: str, says: str, tmp_path: Path) -> None
         run("fit", tmp_path, *on_digits("--model.optimizer", name))
 
 
+def test_one_class_alone_and_a_folder_as_checkpoint_are_told(tree: Tree, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one class alone: there is nothing to tell apart"):
+        run("fit", tmp_path / "run", *on_tree(tree(train="a"), 3))
+    with pytest.raises(UserError, match=r"is a folder: give a checkpoint in it"):
+        run("test", tmp_path / "new", *on_digits("--ckpt_path", str(tmp_path)))
+
+
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 def test_fine_tuning_keeps_the_body_and_makes_a_new_classifier(tree: Tree, tmp_path: Path) -> None:
     data = tree(train="abc", test="abc")
     run("fit", tmp_path / "first", *on_tree(data), "--model.method", "batchnorm")
-    shutil.rmtree(data / "train" / "c")
+    for split in ("train", "test"):
+        shutil.rmtree(data / split / "c")
     file = tmp_path / "first" / "checkpoints" / "last.ckpt"
     line = (*on_tree(data, 2), "--model.method", "batchnorm", "--model.weights", str(file))
     run("fit", tmp_path / "second", *line, "--model.freeze", "[stem, stages]")
@@ -247,6 +273,38 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_there(
         assert torch.equal(value, stopped["state_dict"][name]), name
 
 
+@pytest.mark.parametrize(("schedule", "warns"), [("cosine", True), ("step", False)])
+def test_a_longer_run_says_what_becomes_of_the_rate(
+    schedule: str, warns: bool, tmp_path: Path, capsys
+) -> None:
+    line = on_digits("--model.schedule", schedule, "--model.lr", "0.1")
+    run("fit", tmp_path, *line)
+    run("fit", tmp_path, *line, "--ckpt_path", "last")
+    assert "warning" not in capsys.readouterr().err
+    run("fit", tmp_path, *line, "--trainer.max_epochs", "2", "--ckpt_path", "last")
+    told = "was laid out over 4 steps, now over 8: the rate goes on at 0.05 in place of 0."
+    assert (told in capsys.readouterr().err) == warns
+
+
+class TimeIsUp(Callback):
+    """From the first batch on, as Lightning's Timer says it."""
+
+    def on_train_batch_end(self, trainer, *rest) -> None:
+        trainer.should_stop = True
+
+
+def test_a_run_whose_time_is_up_finishes_the_step_it_accumulates_for(tmp_path: Path) -> None:
+    line = on_digits("--trainer.accumulate_grad_batches", "3")
+    run("fit", tmp_path / "whole", *line)
+    run("fit", tmp_path / "run", *line, "--trainer.callbacks+=tests.vision.test_uses.TimeIsUp")
+    assert _saved(tmp_path / "run")["global_step"] == 1
+    run("fit", tmp_path / "run", *line, "--ckpt_path", "last")
+    whole, stopped = _saved(tmp_path / "whole"), _saved(tmp_path / "run")
+    assert whole["global_step"] == stopped["global_step"] == 2
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, stopped["state_dict"][name]), name
+
+
 class OwnNet(nn.Module):
     def __init__(self, num_classes: int, width: int = 4) -> None:
         super().__init__()
@@ -268,8 +326,15 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
     run("test", tmp_path, *line)
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
     assert LitClassifier.load_from_checkpoint(checkpoint).net.fc.in_features == 6
-    with pytest.raises(UserError, match="a network of your own: load it in Python"):
-        load_classifier(checkpoint)
+    run("predict", tmp_path, *line)
+    assert len(rows(tmp_path / "predictions.csv")) == 449
+    refused = "OwnNet, a network of your own, .* load it in Python"
+    with pytest.raises(UserError, match=refused):
+        export(checkpoint, tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=refused):
+        lesion(checkpoint, Digits(), tmp_path / "lesion", accelerator="cpu")
+    with pytest.raises(UserError, match="a sweep has no network"):
+        lr(Recipe(Digits()), tmp_path / "lr", net="package.resnet20.Net")
     with pytest.raises(UserError, match=r"give it as --model\.net"):
         run("test", tmp_path, *on_digits())
     with pytest.raises(UserError, match="cannot be imported"):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fixup_core.errors import UserError
+from vision.data import trees
 from vision.data.augment import Pixels
 from vision.data.batches import Batch, BatchOrder, Loader, TensorSource
 from vision.data.sources import Images
@@ -32,9 +33,12 @@ class VisionData(L.LightningDataModule):
         names: Of the images that ``predict`` reads, in their order.
     """
 
-    def __init__(self, batch_size: int, val_size: int, seed: int) -> None:
+    def __init__(
+        self, batch_size: int, val_size: int, seed: int, *, balanced: bool = False
+    ) -> None:
         super().__init__()
         self.batch_size, self.val_size, self.seed = batch_size, val_size, seed
+        self.balanced = balanced
         self.parts: dict[str, Any] = {}
         self.classes: tuple[str, ...] = ()
         self._num_classes = 0
@@ -57,18 +61,19 @@ class VisionData(L.LightningDataModule):
 
     def description(self) -> dict[str, Any]:
         """What decides the training batches."""
-        names = ("batch_size", "val_size", "seed")
+        names = ("batch_size", "val_size", "seed", "balanced")
         return {"data": type(self).__name__} | {name: getattr(self, name) for name in names}
 
-    def order(self, size: int, *, train: bool, alone: bool = False) -> BatchOrder:
+    def order(self, data: Any, *, train: bool, alone: bool = False) -> BatchOrder:
         """The batches of this process; ``alone``: as if it were the only one."""
-        trainer = None if alone else self.trainer
+        size, trainer = len(data), None if alone else self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         return BatchOrder(
             size,
             self.batch_size,
             seed=self.seed,
             shuffle=train and not self.overfits,
+            labels=self.labels(data) if train and self.balanced else None,
             drop_last=train and (size >= self.batch_size or world > 1),
             rank=rank,
             world_size=world,
@@ -97,7 +102,7 @@ class VisionData(L.LightningDataModule):
     def loader(self, part: str, *, alone: bool = False) -> Loader:
         """The batches of "train", "val", "test" or "predict"."""
         data = self.parts[part]
-        order = self.order(len(data), train=part == "train", alone=alone)
+        order = self.order(data, train=part == "train", alone=alone)
         limit = self.batches_per_epoch(len(order)) if part == "train" else None
         return Loader(order, self.source(data, order), limit)
 
@@ -108,6 +113,10 @@ class VisionData(L.LightningDataModule):
 
     def source(self, data: Any, order: BatchOrder) -> Any:
         """What yields (images, labels) of ``data`` in that order."""
+        raise NotImplementedError
+
+    def labels(self, data: Any) -> Tensor:
+        """The labels of ``data``, int64 [N]."""
         raise NotImplementedError
 
     def train_dataloader(self) -> Loader:
@@ -133,12 +142,19 @@ class TensorData(VisionData):
         seed: Of the split, the order and the augmentation.
         pixels: Normalisation and augmentation.
         train_size: Number of images to train on; 0: all.
+        balanced: Train on as many images of each class.
     """
 
     def __init__(
-        self, batch_size: int, val_size: int, seed: int, pixels: Pixels, train_size: int = 0
+        self,
+        batch_size: int,
+        val_size: int,
+        seed: int,
+        pixels: Pixels,
+        train_size: int = 0,
+        balanced: bool = False,
     ) -> None:
-        super().__init__(batch_size, val_size, seed)
+        super().__init__(batch_size, val_size, seed, balanced=balanced)
         if train_size < 0:
             raise UserError(f"--data.train_size is {train_size}: take a number from 0 upwards")
         self.pixels, self.train_size = pixels, train_size
@@ -158,8 +174,8 @@ class TensorData(VisionData):
         """Images without labels, which only ``predict`` reads; ``None``: there is a test set."""
         return None
 
-    def training_classes(self) -> tuple[str, ...]:
-        """The names of the training set's classes, where they can be found without its images."""
+    def split_classes(self, split: str) -> tuple[str, ...]:
+        """The names of the classes of "train" or "test", where no image need be read for them."""
         return ()
 
     def setup(self, stage: str) -> None:
@@ -170,7 +186,8 @@ class TensorData(VisionData):
         """
         if stage in ("fit", "validate") and "train" not in self.parts:
             self._set_up_training()
-        self.classes = self.classes or self.training_classes()
+            trees.places_in(self.classes, self.split_classes("test"), "the test images")
+        self.classes = self.classes or self.split_classes("train")
         if stage == "test" and "test" not in self.parts:
             self.parts["test"] = self._numbered(self.load(train=False))
         if stage == "predict":
@@ -195,6 +212,9 @@ class TensorData(VisionData):
 
     def source(self, data: Images, order: BatchOrder) -> TensorSource:
         return TensorSource(data.images, data.labels, order)
+
+    def labels(self, data: Images) -> Tensor:
+        return data.labels
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment and normalise where the batch is now."""

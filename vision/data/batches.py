@@ -72,14 +72,38 @@ def mix(*numbers: int) -> int:
     return state >> 1
 
 
+def balanced(labels: Tensor, generator: Generator) -> Tensor:
+    """An order in which every class has the same share: rare images come several times.
+
+    Each image of a class comes once before any of them comes again, in a random order.
+
+    Args:
+        labels: int64 [N].
+        generator: Of the randomness.
+
+    Returns:
+        int64 [N], numbers of images; the second visit to image i is i + N, the third i + 2 N.
+    """
+    size, order = len(labels), torch.randperm(len(labels), generator=generator)
+    classes, counts = labels.unique(return_counts=True)
+    each = torch.arange(-(-size // len(classes)))
+    by_class = order[labels[order].argsort(stable=True)].split(counts.tolist())
+    visits = [images[each % len(images)] + each // len(images) * size for images in by_class]
+    mixed = torch.randperm(len(classes) * len(each), generator=generator)[:size]
+    return torch.cat(visits)[mixed]
+
+
 class BatchOrder(Sampler[list[int]]):
     """Which images make up which batch, on this process.
+
+    A number it yields stands for the image of that number modulo ``size``: see ``balanced``.
 
     Args:
         size: Number of images.
         batch_size: Of all processes together.
         seed: Of the order.
         shuffle: Another order every epoch; else the order of the data.
+        labels: Of the images, if a shuffled epoch is to have as many of each class.
         drop_last: Leave an incomplete last batch out.
         rank: Of this process.
         world_size: Number of processes. Of an incomplete last batch the first processes may get
@@ -96,6 +120,7 @@ class BatchOrder(Sampler[list[int]]):
         *,
         seed: int = 0,
         shuffle: bool = True,
+        labels: Tensor | None = None,
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
@@ -113,6 +138,7 @@ class BatchOrder(Sampler[list[int]]):
             raise UserError(f"{size} images do not fill one batch of {batch_size}")
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
         self.drop_last, self.rank, self.world_size = drop_last, rank, world_size
+        self.labels = labels
         self.epoch = 0
         self.start = 0
 
@@ -137,15 +163,19 @@ class BatchOrder(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         start, self.start = self.start, 0
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
-            order = torch.randperm(self.size, generator=generator)
-        else:
-            order = torch.arange(self.size)
+        order = self._epoch_order()
         for number in range(start, len(self)):
             first, end, _ = self.part(number)
             base = number * self.batch_size
             yield order[base + first : base + end].tolist()
+
+    def _epoch_order(self) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(self.size)
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        if self.labels is not None:
+            return balanced(self.labels, generator)
+        return torch.randperm(self.size, generator=generator)
 
 
 class Loader:
@@ -206,12 +236,14 @@ class TensorSource:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for indices in self.order:
-            chosen = torch.as_tensor(indices, dtype=torch.long)
+            chosen = torch.as_tensor(indices, dtype=torch.long) % len(self.labels)
             yield self.images[chosen], self.labels[chosen]
 
 
 class Seeded(Dataset[Any]):
     """Makes the random transforms of a data set depend on seed, epoch and index alone.
+
+    Another visit to an image has an index of its own, and transforms it otherwise.
 
     Args:
         dataset: Of (image, label) pairs.
@@ -230,7 +262,7 @@ class Seeded(Dataset[Any]):
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(mix(self.order.seed, self.order.epoch, index))
             try:
-                return self.dataset[index]
+                return self.dataset[index % len(self.dataset)]
             except self.skip as error:
                 logger.warning("left out: %s", error)
                 return None

@@ -33,13 +33,15 @@ class ImageFolderData(VisionData):
         val_size: Images cut out of the training set for validation.
         seed: Of the split, the order and the augmentation.
         image_size: Side of the square that the network sees.
-        resize: Shorter side before the central square is cut out for evaluation; 0: 8/7 of
-            ``image_size``, as 256 for 224.
+        resize: Shorter side before the central square is cut out for evaluation, ``image_size`` or
+            more; 0: 8/7 of it, as 256 for 224.
         mean: Of each channel, in 0..1.
         std: Of each channel, in 0..1.
         workers: Processes that read.
         skip_corrupt: Leave out files that are not images.
         cache: Where an archive is unpacked.
+        balanced: Train on as many images of each class: those of small classes come several times
+            in an epoch.
     """
 
     def __init__(
@@ -55,8 +57,14 @@ class ImageFolderData(VisionData):
         workers: int = 4,
         skip_corrupt: bool = False,
         cache: Path = CACHE,
+        balanced: bool = False,
     ) -> None:
-        super().__init__(batch_size, val_size, seed)
+        super().__init__(batch_size, val_size, seed, balanced=balanced)
+        _check_least("image_size", image_size, 1)
+        _check_least("resize", resize or image_size, image_size)
+        _check_least("workers", workers, 0)
+        if min(std) <= 0:
+            raise UserError(f"--data.std is {list(std)}: take numbers above 0")
         self.root, self.cache, self.workers = Path(root), Path(cache), workers
         self.skip_corrupt, self.image_size = skip_corrupt, image_size
         finish = [transforms.ToTensor(), transforms.Normalize(mean, std)]
@@ -96,6 +104,7 @@ class ImageFolderData(VisionData):
         self.classes = self.classes or trees.class_names(tree / "train")
         if stage in ("fit", "validate"):
             self._set_up_training(tree)
+            trees.places_in(self.classes, trees.class_names(_test_folder(tree)), "the test images")
         if stage == "test":
             self.parts["test"] = self._folder(_test_folder(tree), self.test_transform)
         if stage == "predict":
@@ -121,6 +130,11 @@ class ImageFolderData(VisionData):
             "val": Subset(plain, cut_out.tolist()),
         }
 
+    def labels(self, data: Any) -> torch.Tensor:
+        if isinstance(data, Subset):
+            return self.labels(data.dataset)[data.indices]
+        return torch.tensor(data.targets)
+
     def _tree(self) -> Path:
         if self.root.is_dir():
             return trees.top(self.root)
@@ -143,6 +157,11 @@ class ImageFolderData(VisionData):
         pinned = torch.cuda.is_available()
         skip = CorruptImageError if self.skip_corrupt else None
         return workers_source(data, order, skip=skip, num_workers=self.workers, pin_memory=pinned)
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"--data.{name} is {value}: take a number from {least} upwards")
 
 
 class ClassFolders(ImageFolder):

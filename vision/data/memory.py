@@ -26,6 +26,8 @@ class Digits(TensorData):
         crop: Pixels of padding for a random crop.
         cutout: Side of the blacked-out square.
         train_size: Number of images to train on; 0: all.
+        balanced: Train on as many images of each class: those of small classes come several times
+            in an epoch.
     """
 
     def __init__(
@@ -36,9 +38,10 @@ class Digits(TensorData):
         crop: int = 1,
         cutout: int = 0,
         train_size: int = 0,
+        balanced: bool = False,
     ) -> None:
         pixels = Pixels((0.3053,), (0.3760,), crop=crop, cutout=cutout)
-        super().__init__(batch_size, val_size, seed, pixels, train_size)
+        super().__init__(batch_size, val_size, seed, pixels, train_size, balanced)
 
     def load(self, train: bool) -> Images:
         return sources.digits(train)
@@ -61,6 +64,8 @@ class CIFAR10(TensorData):
         download: Fetch what ``root`` lacks.
         cache: Where a packed image tree is kept.
         skip_corrupt: Leave out files that are not images.
+        balanced: Train on as many images of each class: those of small classes come several times
+            in an epoch.
     """
 
     kind = "cifar10"
@@ -79,9 +84,10 @@ class CIFAR10(TensorData):
         download: bool = True,
         cache: Path = CACHE,
         skip_corrupt: bool = False,
+        balanced: bool = False,
     ) -> None:
         pixels = Pixels(self.mean, self.std, crop=crop, flip=flip, cutout=cutout)
-        super().__init__(batch_size, val_size, seed, pixels, train_size)
+        super().__init__(batch_size, val_size, seed, pixels, train_size, balanced)
         self.root, self.download = Path(root), download
         self.cache, self.skip_corrupt = Path(cache), skip_corrupt
 
@@ -98,8 +104,10 @@ class CIFAR10(TensorData):
     def _is_tree(self) -> bool:
         return self.root.is_file() or any(trees.has_split(self.root, s) for s in trees.SPLITS)
 
-    def training_classes(self) -> tuple[str, ...]:
-        return trees.class_names(self.root / "train")
+    def split_classes(self, split: str) -> tuple[str, ...]:
+        if not self.root.is_file():
+            return trees.class_names(self.root / split)
+        return sources.archived_classes(self.root, split, self.cache)
 
     def load_val(self) -> Images | None:
         return self._packed("val") if trees.has_own_val(self.root) else None

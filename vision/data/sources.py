@@ -6,6 +6,7 @@ in a folder or an archive, packed into one file the first time.
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -130,6 +131,16 @@ def loose(root: Path, *, skip_corrupt: bool = False) -> Images:
     names = [name for name, _ in images]
     pixels = np.stack([pixels for _, pixels in images])
     return Images(_channels_first(pixels), torch.arange(len(names)), (), tuple(names))
+
+
+def archived_classes(source: Path, split: str, cache: Path) -> tuple[str, ...]:
+    """The classes of a split in an archive, whose names are read once; empty without the split."""
+    file = cache / f"{trees.key(source, split, 'classes')}.json"
+    if not file.exists():
+        classes = sorted({label for _, label, _ in trees.labelled_files(source, split)})
+        with whole_file(file, shared=True) as temporary:
+            Path(temporary).write_text(json.dumps(classes), encoding="utf-8")
+    return tuple(json.loads(file.read_text(encoding="utf-8")))
 
 
 State = tuple[Tensor, Tensor, list[str], list[str]]

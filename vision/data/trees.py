@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath, PurePosixPath
 
-from fixup_core.errors import UserError
+from fixup_core.errors import UserError, one_line
 from fixup_core.files import whole_folder
 from vision.data.pictures import IMAGE_ENDINGS
 
@@ -74,8 +74,8 @@ def loose_images(root: Path) -> list[Path]:
     return images_below(root)
 
 
-def places_in(known: Iterable[str], found: Iterable[str]) -> list[int]:
-    """The place of every class found in the list of known ones.
+def places_in(known: Iterable[str], found: Iterable[str], whose: str = "the images") -> list[int]:
+    """The place of every class found in the list of known ones; ``whose`` is for the message.
 
     Raises:
         UserError: A class that is not known.
@@ -86,7 +86,7 @@ def places_in(known: Iterable[str], found: Iterable[str]) -> list[int]:
         names, more = ", ".join(new[:3]), " and others" if len(new) > 3 else ""
         few = ", ".join(list(places)[:5]) + (", ..." if len(places) > 5 else "")
         raise UserError(
-            f"the images have classes that the training set does not have ({names}{more}); it has "
+            f"{whose} have classes that the training set does not have ({names}{more}); it has "
             f"{len(places)}: {few}"
         )
     return [places[name] for name in found]
@@ -164,7 +164,8 @@ def _explained(archive: Path) -> Iterator[None]:
     try:
         yield
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{archive} is not a {kind} archive, or is damaged: {error}") from error
+        cause = one_line(str(error)).split(": - method")[0]  # tarfile lists all it has tried
+        raise UserError(f"{archive} is not a {kind} archive, or is damaged: {cause}") from error
 
 
 def _archived(source: Path) -> Entries:

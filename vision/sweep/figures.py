@@ -9,14 +9,23 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 
 from fixup_core.errors import UserError
-from fixup_core.measure.figures import Curve, Panel, draw
+from fixup_core.measure.figures import Curve, Panel, check_figure_file, draw
 from vision import RUNS
+from vision.nets import is_class_path
 from vision.sweep.points import Point, Recipe, run_points
 
 PAPER_METHODS = ("fixup", "batchnorm", "xavier", "lsuv")
+LABELS = {
+    "depth": "layers",
+    "lr": "learning rate",
+    "test_accuracy": "test accuracy",
+    "train_loss": "train loss",
+}
+"""What is written along the axes."""
 
 
 def depth(
@@ -41,10 +50,8 @@ def depth(
         Point(f"cifar_resnet{d}", method, {}, d, lr, recipe.epochs, seed)
         for d, method, seed in product(sorted(depths), methods, seeds)
     ]
-    curves = _trained(points, recipe, output, "depth", "test_accuracy", _method)
     title = f"ResNets, {_length(recipe)}, learning rate {lr:g}"
-    panel = Panel(curves, "layers", "test accuracy", title, log_x=True, ticks=depths)
-    show(panel, output / "depth.png")
+    _sweep(points, recipe, output / "depth.png", title, x="depth", y="test_accuracy")
 
 
 def lr(
@@ -69,10 +76,8 @@ def lr(
         Point(net, method, {}, _depth_of(net), rate, recipe.epochs, seed)
         for rate, method, seed in product(sorted(rates), methods, seeds)
     ]
-    curves = _trained(points, recipe, output, "lr", "train_loss", _method)
     title = f"{net}, {_length(recipe)}"
-    panel = Panel(curves, "learning rate", "train loss", title, log_x=True, ticks=rates)
-    show(panel, output / "lr.png")
+    _sweep(points, recipe, output / "lr.png", title, x="lr", y="train_loss")
 
 
 def degradation(
@@ -97,15 +102,16 @@ def degradation(
         Point(f"cifar_resnet{d}", method, {"shortcut": shortcut}, d, lr, recipe.epochs, seed)
         for d, shortcut, seed in product(sorted(depths), ("none", "A"), seeds)
     ]
-    names = {"none": "plain", "A": "residual"}
-
-    def kind(point: Point) -> str:
-        return names[point.options["shortcut"]]
-
-    curves = _trained(points, recipe, output, "depth", "train_loss", kind)
     title = f"{method}, {_length(recipe)}"
-    panel = Panel(curves, "layers", "train loss", title, ticks=depths)
-    show(panel, output / "degradation.png")
+    _sweep(
+        points,
+        recipe,
+        output / "degradation.png",
+        title,
+        x="depth",
+        y="train_loss",
+        curve=lambda point: "plain" if point.options["shortcut"] == "none" else "residual",
+    )
 
 
 def show(panel: Panel, file: Path) -> None:
@@ -114,14 +120,10 @@ def show(panel: Panel, file: Path) -> None:
     print(f"figure: {file}")
 
 
-def _method(point: Point) -> str:
-    return point.method
-
-
 def _depth_of(net: str) -> int:
     number = re.search(r"\d+", net)
-    if number is None:
-        raise UserError(f"there is no network {net!r}: names are like cifar_resnet56")
+    if number is None or is_class_path(net):
+        raise UserError(f"a sweep has no network {net!r}: names are like cifar_resnet56")
     return int(number[0])
 
 
@@ -131,21 +133,36 @@ def _length(recipe: Recipe) -> str:
     return f"{epochs}{part} of {type(recipe.data).__name__}"
 
 
-def _trained(
+def _sweep(
     points: Sequence[Point],
     recipe: Recipe,
-    output: Path,
+    file: Path,
+    title: str,
+    *,
     x: str,
     y: str,
-    name: Callable[[Point], str],
-) -> list[Curve]:
-    """Train the points; a curve for each ``name``, means over the seeds."""
-    table = run_points(points, recipe, output)
-    grouped: dict[str, dict[float, list[float]]] = {}
+    curve: Callable[[Point], str] = attrgetter("method"),
+) -> None:
+    """Train the points and draw ``y`` of their results against their ``x``, means over the seeds.
+
+    Args:
+        points: What is to be trained.
+        recipe: How.
+        file: The figure, in the folder of the table.
+        title: Of the figure.
+        x: Attribute of ``Point``.
+        y: Attribute of ``Result``.
+        curve: Name of the curve that a point lies on.
+    """
+    check_figure_file(file)
+    results = run_points(points, recipe, file.parent).rows
+    lines: dict[str, dict[float, list[float]]] = {}
     for point in points:
-        value = getattr(table.rows[point], y)
-        grouped.setdefault(name(point), {}).setdefault(getattr(point, x), []).append(value)
-    return [
-        Curve(key, [(at, statistics.fmean(values)) for at, values in sorted(line.items())])
-        for key, line in grouped.items()
+        line = lines.setdefault(curve(point), {})
+        line.setdefault(getattr(point, x), []).append(getattr(results[point], y))
+    curves = [
+        Curve(name, [(at, statistics.fmean(values)) for at, values in sorted(line.items())])
+        for name, line in lines.items()
     ]
+    ticks = sorted({getattr(point, x) for point in points})
+    show(Panel(curves, LABELS[x], LABELS[y], title, log_x=True, ticks=ticks), file)

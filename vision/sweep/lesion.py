@@ -10,7 +10,7 @@ import lightning as L
 
 from fixup_core.errors import UserError
 from fixup_core.files import write_text
-from fixup_core.measure.figures import Curve, Panel
+from fixup_core.measure.figures import Curve, Panel, check_figure_file
 from vision import RUNS
 from vision.data import VisionData
 from vision.sweep.figures import show
@@ -34,6 +34,7 @@ def lesion(
         output: Folder of ``lesion.csv`` and ``lesion.png``.
         accelerator: cpu, gpu or auto.
     """
+    check_figure_file(output / "lesion.png")
     model = load_classifier(checkpoint)
     blocks = getattr(model.net, "blocks", None)
     if blocks is None:

@@ -55,15 +55,23 @@ class MidEpochCheckpoint(ModelCheckpoint):
 
 class StopCheckpoint(ModelCheckpoint):
     """Saves where --trainer.max_steps or max_time stop a run in the midst of an epoch: it goes on
-    there.
+    there. A stop in the midst of accumulated gradients, which no checkpoint holds, waits for their
+    step.
     """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.stops = False
 
     def on_train_batch_start(self, trainer: L.Trainer, *rest: Any) -> None:
         self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
-        stops = trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
-        if stops and trainer.global_step > self.step and not trainer.is_last_batch:
+        self.stops = self.stops or trainer.should_stop
+        stepped = trainer.global_step > self.step
+        trainer.should_stop = self.stops and stepped
+        ends = trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
+        if ends and stepped and not trainer.is_last_batch:
             super().on_train_batch_end(trainer, *rest)
 
 
@@ -100,6 +108,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     Raises:
         UserError: There is no such file, or it is something else.
     """
+    if file.is_dir():
+        raise UserError(f"{file} is a folder: give a checkpoint in it, as checkpoints/best.ckpt")
     if not file.is_file():
         raise UserError(f"{file} does not exist: give a checkpoint of python -m vision fit")
     found = torch.load(file, map_location="cpu", weights_only=True)

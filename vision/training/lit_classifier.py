@@ -26,7 +26,7 @@ from vision.training.checkpoints import read_checkpoint
 from vision.training.fine_tuning import freeze_, load_weights_
 from vision.training.mixing import blend
 from vision.training.optimizers import make_optimizer
-from vision.training.schedule import rate_at, steps_per_epoch
+from vision.training.schedule import length_of, rate_at, steps_per_epoch
 
 RANGES = (
     ("num_classes", 2, math.inf),
@@ -131,6 +131,10 @@ class LitClassifier(L.LightningModule):
             UserError: They differ.
         """
         found = getattr(self.data, "num_classes", 0)
+        if found == 1:
+            raise UserError(
+                "the training images have one class alone: there is nothing to tell apart"
+            )
         if found and found != self.args.num_classes:
             raise UserError(
                 f"the data have {found} classes, --model.num_classes is "
@@ -293,7 +297,12 @@ class LitClassifier(L.LightningModule):
 
     def rate(self, step: int) -> float:
         """The learning rate of a step over the peak rate, in 0..1."""
-        return rate_at(self.args, step, self.steps_per_epoch, self.trainer)
+        return rate_at(self.args, step, self.steps_per_epoch, self.schedule_length)
+
+    @property
+    def schedule_length(self) -> int | None:
+        """The steps that the schedule is laid out over, if its shape depends on them."""
+        return length_of(self.args, self.steps_per_epoch, self.trainer)
 
 
 def load_classifier(checkpoint: Path) -> LitClassifier:
@@ -308,8 +317,8 @@ def load_classifier(checkpoint: Path) -> LitClassifier:
     given = {name: value for name, value in saved["hyper_parameters"].items() if name in known}
     if is_class_path(str(given.get("net"))):
         raise UserError(
-            f"{checkpoint} is of {given['net']}, a network of your own: load it in Python, by "
-            "LitClassifier.load_from_checkpoint"
+            f"{checkpoint} is of {given['net']}, a network of your own, and a checkpoint must not "
+            "choose what code is run: load it in Python, by LitClassifier.load_from_checkpoint"
         )
     model = LitClassifier(**given)
     model.load_state_dict(saved["state_dict"])

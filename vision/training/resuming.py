@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from fixup_core.errors import UserError
+from vision.training.schedule import rate_at
 
 TRAINER_OPTIONS = (
     "accumulate_grad_batches",
@@ -22,7 +24,8 @@ TRAINER_OPTIONS = (
 
 class SameOptions(Callback):
     """Keeps the run's conditions in its checkpoints, and holds those of a run that goes on against
-    them: Lightning would take the new batches and restore the old rates.
+    them: Lightning would take the new batches and restore the old rates. A run may become longer;
+    what that does to the learning rate is printed.
 
     Args:
         seed: Of the weights, as --seed_everything has it.
@@ -30,11 +33,13 @@ class SameOptions(Callback):
 
     def __init__(self, seed: int | bool | None = None) -> None:
         self.seed = seed
+        self.length: int | None = None
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["conditions"] = self._conditions(trainer)
+        checkpoint["schedule_length"] = pl_module.schedule_length
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -52,6 +57,24 @@ class SameOptions(Callback):
         }
         _compare(before, model)
         _compare(checkpoint.get("conditions", {}), self._conditions(trainer))
+        self.length = checkpoint.get("schedule_length")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        model: Any = pl_module
+        before, now = self.length, model.schedule_length
+        if before in (None, now) or not trainer.is_global_zero:
+            return
+        rate = [
+            rate_at(model.args, trainer.global_step, model.steps_per_epoch, length) * model.args.lr
+            for length in (before, now)
+        ]
+        print(
+            f"warning: the {model.args.schedule} of the learning rate was laid out over {before} "
+            f"steps, now over {now}: the rate goes on at {rate[1]:.3g} in place of {rate[0]:.3g}. "
+            "To keep to it, give the run's own --trainer.max_epochs and max_steps; to train its "
+            "weights further, start another run by --model.weights",
+            file=sys.stderr,
+        )
 
     def _conditions(self, trainer: L.Trainer) -> dict[str, Any]:
         """Option and value, plain enough for a checkpoint."""

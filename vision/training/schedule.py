@@ -8,31 +8,33 @@ from typing import Any
 from fixup_core.errors import UserError
 
 
-def rate_at(args: Any, step: int, per_epoch: int, trainer: Any) -> float:
+def rate_at(args: Any, step: int, per_epoch: int, length: int | None) -> float:
     """The learning rate of a step over the peak rate, in 0..1.
 
     Args:
         args: Of ``LitClassifier``: ``schedule``, ``milestones`` and ``warmup_epochs``.
         step: From 0 upwards.
         per_epoch: Steps of an epoch.
-        trainer: It knows where the training ends.
-
-    Raises:
-        UserError: A cosine that ends nowhere.
+        length: As ``length_of`` gives it.
     """
     epoch = step / per_epoch
     ahead = (step + 1) / per_epoch  # the first step learns something too
     warm = min(1.0, ahead / args.warmup_epochs) if args.warmup_epochs else 1.0
     if args.schedule == "step":
         return warm * 0.1 ** sum(epoch >= milestone for milestone in args.milestones)
-    if args.schedule == "cosine":
-        return (
-            warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / _all_steps(trainer, per_epoch))))
-        )
+    if length is not None:
+        return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / length)))
     return warm
 
 
-def _all_steps(trainer: Any, per_epoch: int) -> int:
+def length_of(args: Any, per_epoch: int, trainer: Any) -> int | None:
+    """The steps that a schedule is laid out over; ``None`` where its shape does not depend on them.
+
+    Raises:
+        UserError: A cosine that ends nowhere.
+    """
+    if args.schedule != "cosine":
+        return None
     epochs, steps = trainer.max_epochs or -1, trainer.max_steps
     limits = [limit for limit in (epochs * per_epoch, steps) if limit > 0]
     if not limits:

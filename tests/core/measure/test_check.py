@@ -56,7 +56,7 @@ def test_flat_ends_with_0_and_growing_with_1(capsys: pytest.CaptureFixture) -> N
     out, err = capsys.readouterr()
     assert out.splitlines()[-1].endswith(": flat")
     assert [line.split(":")[0] for line in err.splitlines()] == [
-        f"depth {depth}" for depth in FAST["depths"]
+        f"depth {depth} of {', '.join(map(str, FAST['depths']))}" for depth in FAST["depths"]
     ]
     assert main(["check", f"{HERE}:net", "--method", "no_factor"]) == 1
     assert capsys.readouterr().out.splitlines()[-1].endswith(": growing")

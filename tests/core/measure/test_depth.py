@@ -35,6 +35,14 @@ WIDE = FAST | {"depths": (4, 16, 64)}
 WIDTH = 64
 
 
+def test_the_check_says_on_stderr_how_far_it_is(capsys: pytest.CaptureFixture) -> None:
+    depth_check(lambda depth: Mlp(depth, width=8), **FAST | {"seeds": 1})
+    out, err = capsys.readouterr()
+    assert not out and [line.split(":")[0] for line in err.splitlines()] == [
+        f"depth {depth} of 4, 12, 36" for depth in (4, 12, 36)
+    ]
+
+
 class DeepBlock(nn.Module):
     """A branch of m layers, behind a multiplier that may start at 0."""
 

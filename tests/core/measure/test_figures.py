@@ -43,6 +43,17 @@ def test_what_has_no_logarithm_is_left_out_where_one_is_wanted(log_y: bool) -> N
     assert math.isnan(axes.lines[0].get_ydata()[0]) == log_y and not _crosses(axes)
 
 
+def test_a_curve_in_the_legend_is_seen_or_said_to_be_zero() -> None:
+    zero = [(i, 0.0) for i in range(30)]
+    few, none = Curve("few", [*zero, (30, 1.0)]), Curve("none", zero)
+    many = Curve("many", [(i, 1.0) for i in range(31)])
+    axes = _axes(few, none, many, log_y=True)
+    assert [line.get_marker() for line in axes.lines] == ["o", "o", ""]
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["few", "none (0 everywhere)", "many"]
+    assert _axes(none).get_legend().get_texts()[0].get_text() == "none", "it has a line"
+
+
 def test_a_dashed_curve_has_the_colour_of_the_one_before() -> None:
     points = [(1, 1.0), (2, 2.0)]
     axes = _axes(Curve("a", points), Curve("its bound", points, dashed=True), Curve("b", points))

@@ -9,11 +9,12 @@ import torch
 
 from fixup_core.errors import UserError
 from vision.data.augment import Pixels
-from vision.data.batches import Batch, BatchOrder, Loader, TensorSource, mix
+from vision.data.batches import Batch, BatchOrder, Loader, TensorSource, balanced, mix
 from vision.training.mixing import blend
 
 IMAGES = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(20, 1, 4, 4).contiguous()
 LABELS = torch.arange(20)
+UNEVEN = torch.tensor([0] * 2 + [1] * 13 + [4] * 5)
 
 
 def _loader(batch_size: int = 6, **options) -> Loader:
@@ -26,8 +27,8 @@ def _labels(loader: Loader) -> list[list[int]]:
     return [batch.labels.tolist() for batch in loader]
 
 
-def _epochs(count: int) -> list[list[list[int]]]:
-    loader = _loader()
+def _epochs(count: int, **options) -> list[list[list[int]]]:
+    loader = _loader(**options)
     return [_labels(loader) for _ in range(count)]
 
 
@@ -40,10 +41,11 @@ def test_an_epoch_has_every_image_once_and_another_epoch_another_order() -> None
     assert [len(batch) for batch in _labels(_loader(drop_last=True))] == [6, 6, 6]
 
 
+@pytest.mark.parametrize("more", [{}, {"labels": UNEVEN}], ids=["plain", "balanced"])
 @pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_processes_share_the_batches_of_one(world_size: int) -> None:
-    whole = list(_loader())
-    ranks = [list(_loader(rank=r, world_size=world_size)) for r in range(world_size)]
+def test_processes_share_the_batches_of_one(world_size: int, more) -> None:
+    whole = list(_loader(**more))
+    ranks = [list(_loader(rank=r, world_size=world_size, **more)) for r in range(world_size)]
     for number, batch in enumerate(whole):
         parts = [rank[number] for rank in ranks]
         assert torch.cat([part.labels for part in parts]).equal(batch.labels)
@@ -52,16 +54,28 @@ def test_processes_share_the_batches_of_one(world_size: int) -> None:
         assert [part.first for part in parts] == firsts.tolist()
 
 
+def test_a_balanced_order_repeats_rare_images_evenly() -> None:
+    numbers = balanced(UNEVEN, torch.Generator().manual_seed(0))
+    assert len(numbers.unique()) == len(numbers) == 20, "each visit has a number of its own"
+    images = numbers % 20
+    counts = UNEVEN[images].bincount(minlength=5)
+    assert counts[[0, 1, 4]].min() >= 6 and counts.sum() == 20
+    visits = images.bincount(minlength=20)
+    assert visits[:2].tolist() in ([3, 3], [3, 4], [4, 3]) and visits[2:15].max() == 1
+    assert not numbers.equal(balanced(UNEVEN, torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("labels", [None, UNEVEN], ids=["plain", "balanced"])
 @pytest.mark.parametrize("done", [1, 3])
-def test_a_loader_goes_on_in_the_middle_of_an_epoch(done: int) -> None:
-    loader = _loader()
+def test_a_loader_goes_on_in_the_middle_of_an_epoch(done: int, labels) -> None:
+    loader = _loader(labels=labels)
     _labels(loader), _labels(loader)
     batches = iter(loader)
     seen = [next(batches) for _ in range(done)]
-    resumed = _loader()
+    resumed = _loader(labels=labels)
     resumed.load_state_dict(loader.state_dict())
     iter(resumed)  # nothing is taken: it counts for nothing
-    *_, whole, following = _epochs(4)
+    *_, whole, following = _epochs(4, labels=labels)
     assert [batch.labels.tolist() for batch in seen] + _labels(resumed) == whole
     assert _labels(resumed) == following
 

@@ -274,12 +274,53 @@ def test_a_test_set_is_numbered_by_the_training_classes(tmp_path: Path) -> None:
         assert sorted(_labels(data, "test")) == [0] * 4 + [1] * 4 and data.num_classes == 3
 
 
-def test_a_test_set_of_other_classes_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["fit", "test"])
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
+def test_a_test_set_of_other_classes_is_refused(stage: str, packed: bool, tmp_path: Path) -> None:
     tree = _tree_of(tmp_path / "t", train=("a", "b", "c"), test=("b", "c", "d"))
+    if packed:
+        tree = Path(shutil.make_archive(str(tmp_path / "t"), "gztar", tree))
     for data in _modules(tree, tmp_path / "cache"):
+        data.cache = tmp_path / "cache"
+        with pytest.raises(UserError, match=r"images have .* \(d\); it has 3: a, b, c"):
+            data.setup(stage)
+
+
+def test_a_balanced_epoch_has_as_many_images_of_each_class(tmp_path: Path) -> None:
+    tree = _tree_of(tmp_path / "t", train=("a", "b", "c"))
+    for name in ("1.png", "2.png", "3.png"):
+        (tree / "train" / "b" / name).unlink()
+    options = {"batch_size": 3, "val_size": 1, "seed": 0, "balanced": True}
+    for data in (
+        CIFAR10(tree, cache=tmp_path / "cache", **options),
+        ImageFolderData(tree, image_size=8, workers=0, **options),
+    ):
         data.setup("fit")
-        with pytest.raises(UserError, match=r"does not have \(d\); it has 3: a, b, c"):
-            data.setup("test")
+        labels = data.labels(data.parts["train"])
+        assert sorted(labels.bincount().tolist()) == [1, 3, 4], (
+            "the seed leaves the one b to train on"
+        )
+        assert len(data.loader("train")) == 2
+        seen = _labels(data, "train")
+        assert max(np.bincount(seen, minlength=3)) <= 3 and 1 in seen
+        assert len(_labels(data, "val")) == 1
+        assert data.description()["balanced"]
+
+
+def test_an_image_that_comes_twice_is_cropped_twice(tmp_path: Path) -> None:
+    rng, folder = np.random.default_rng(0), tmp_path / "train"
+    for label, count in (("a", 1), ("b", 9)):
+        (folder / label).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i}.png")
+    data = ImageFolderData(
+        tmp_path, batch_size=9, val_size=1, image_size=8, workers=0, balanced=True
+    )
+    data.setup("fit")
+    (batch,) = data.loader("train")
+    rare = batch.images[batch.labels == 0]
+    assert 4 <= len(rare) <= 5 and not torch.equal(rare[0], rare[1])
 
 
 def test_val_is_the_validation_set_where_there_is_a_test_set_too(tmp_path: Path) -> None:
@@ -392,6 +433,20 @@ def test_overfitting_sees_the_same_plain_images_every_epoch(tmp_path: Path) -> N
         assert torch.equal(*epochs(data, 1))
     for data in _modules(tree, tmp_path / "cache"):
         assert not torch.equal(*epochs(data, 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"image_size": 0}, "--data.image_size is 0: take a number from 1 upwards"),
+        ({"image_size": 8, "resize": 4}, "--data.resize is 4: take a number from 8 upwards"),
+        ({"workers": -1}, "--data.workers is -1: take a number from 0 upwards"),
+        ({"std": (0.0, 1.0, 1.0)}, "--data.std is .*: take numbers above 0"),
+    ],
+)
+def test_impossible_sizes_are_told_at_once(options: dict, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        ImageFolderData(tmp_path, **options)
 
 
 def test_one_image_can_be_predicted(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def _takes(name: str, method: str) -> bool:
     """Highway networks have no norms; ZeroInit needs a norm at the end of a branch."""
     if name.startswith("highway"):
         return method in ("none", "xavier", "lsuv")
+    if METHODS[method].only not in ("", "ResNets"):
+        return False
     return method != "zeroinit" or "wrn" not in name
 
 

@@ -65,7 +65,10 @@ def _last_metrics(folder: Path) -> dict[str, torch.Tensor]:
     [
         ("--checkpoint_every", "3"),
         ("--checkpoint_every", "1", "--trainer.accumulate_grad_batches", "3"),
-        ("--checkpoint_every", "2", "--trainer.limit_train_batches", "3"),
+        (
+            *("--checkpoint_every", "2", "--trainer.limit_train_batches", "3"),
+            *("--data.balanced", "true"),
+        ),
         ("--checkpoint_every", "3", "--trainer.max_epochs", "-1", "--trainer.max_steps", "12"),
         ("--checkpoint_every", "3", "--model.options.dropout", "0.3", "--model.cutmix", "1"),
         (
@@ -73,7 +76,7 @@ def _last_metrics(folder: Path) -> dict[str, torch.Tensor]:
             *("--trainer.callbacks.decay=0.5", "--model.mixup", "0.2"),
         ),
     ],
-    ids=["plain", "accumulation", "limit", "max_steps", "dropout", "moving_average"],
+    ids=["plain", "accumulation", "limit_and_balance", "max_steps", "dropout", "moving_average"],
 )
 def test_going_on_from_any_checkpoint(
     options: tuple[str, ...], tmp_path: Path, monkeypatch
