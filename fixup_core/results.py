@@ -105,14 +105,19 @@ def _cell(value: Any) -> Any:
     return json.dumps(dict(value), sort_keys=True) if value else ""
 
 
-def _options(text: str) -> dict[str, Any]:
+def parse_options(text: str) -> dict[str, Any]:
     """A mapping; older tables have "name=value" pairs with spaces between."""
     if text.startswith("{"):
         return dict(json.loads(text))
     return dict(pair.split("=") for pair in text.split())
 
 
-_CASTS: dict[str, Any] = {"str": str, "int": int, "float": float, "Mapping[str, Any]": _options}
+_CASTS: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "Mapping[str, Any]": parse_options,
+}
 
 
 def _typed(kind: Any, row: dict[str, str]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from fixup_core.errors import UserError
+from fixup_core.results import Table, parse_options
 from tests.conftest import ROOT
 from vision.cli import VisionCLI
 from vision.compare import compare, read_run
@@ -21,7 +22,7 @@ from vision.export import export
 from vision.nets import build_net
 from vision.sweep import figures, points
 from vision.sweep.lesion import lesion
-from vision.sweep.points import Point, Recipe, Result, Table, parse_options, run_point
+from vision.sweep.points import Point, Recipe, Result, run_point
 from vision.training.lit_classifier import LitClassifier, load_classifier
 
 RECIPES = sorted((ROOT / "recipes" / "vision").glob("*.yaml"))
@@ -77,7 +78,7 @@ def test_a_point_that_diverges_is_a_row_of_its_own(recipe: Recipe, tmp_path: Pat
     good, lost = _rows(tmp_path / "points.csv")
     assert float(good["train_loss"]) > 0 and math.isnan(float(lost["test_accuracy"]))
     assert (tmp_path / "lr.png").exists()
-    assert len(Table(tmp_path / "points.csv").rows) == 2
+    assert len(_table(tmp_path / "points.csv").rows) == 2
 
 
 def test_degradation_trains_plain_and_residual_networks(recipe: Recipe, tmp_path: Path) -> None:
@@ -87,18 +88,23 @@ def test_degradation_trains_plain_and_residual_networks(recipe: Recipe, tmp_path
 
 
 POINT = Point("cifar_resnet8", "fixup", {"shortcut": "A"}, 8, 0.1, 1, 1)
-HEADER = ",".join(Table.columns)
+COLUMNS = [field.name for kind in (Point, Result) for field in fields(kind)]
+HEADER = ",".join(COLUMNS)
+
+
+def _table(file: Path) -> Table:
+    return Table(file, Point, Result)
 
 
 def test_a_table_keeps_the_types_of_options_and_reads_older_ones(tmp_path: Path) -> None:
     wide = replace(POINT, options={"width": 2, "shortcut": "A"})
-    table = Table(tmp_path / "points.csv")
+    table = _table(tmp_path / "points.csv")
     table.add(wide, Result(0.5, 1.0))
     table.add(POINT, Result(0.25, 2.0))
-    assert Table(tmp_path / "points.csv").rows == table.rows
+    assert _table(tmp_path / "points.csv").rows == table.rows
     old = "cifar_resnet8,fixup,shortcut=A,8,0.1,1,1,0.25,2.0"
     (tmp_path / "old.csv").write_text(f"{HEADER}\r\n{old}\r\n")
-    assert Table(tmp_path / "old.csv").rows == {POINT: Result(0.25, 2.0)}
+    assert _table(tmp_path / "old.csv").rows == {POINT: Result(0.25, 2.0)}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +115,7 @@ def test_a_table_keeps_the_types_of_options_and_reads_older_ones(tmp_path: Path)
 def test_a_damaged_table_is_not_gone_on_with(text: str, tmp_path: Path) -> None:
     (tmp_path / "points.csv").write_text(text)
     with pytest.raises(UserError, match=r"points\.csv.* is damaged"):
-        Table(tmp_path / "points.csv")
+        _table(tmp_path / "points.csv")
     assert (tmp_path / "points.csv").read_text() == text
 
 
