@@ -1,11 +1,12 @@
 """What tips a norm-free model over in its first steps of Adam, and what cures it.
 
-``python benchmarks/first_steps.py TEXT [--cases plain agc ...] [--lrs 0.002 0.008] [--seeds 1 2]``
+``python benchmarks/first_steps.py TEXT [--cases plain agc ...] [--lrs 0.002 0.008] [--prior]``
 
 Trains a deep, narrow byte-level language model (``transformer_fixup_lm``) on windows of TEXT, once
 for each case, and prints a line each: the loss at the end on bytes it has not seen, the highest
 training loss on the way, the largest gradient norm, and the largest root mean square of the stream.
-A case changes one thing.
+A case changes one thing; with ``--prior`` the output layer's bias starts at the frequencies of the
+bytes in every case.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ CASES: dict[str, Case] = {
     "base 2": replace(FIXUP_ADAM, base=2.0),
     "base 4": replace(FIXUP_ADAM, base=4.0),
     "base 8": replace(FIXUP_ADAM, base=8.0),
+    "base 32": replace(FIXUP_ADAM, base=32.0),
+    "base 64": replace(FIXUP_ADAM, base=64.0),
     "warm-up 20": replace(FIXUP_ADAM, warmup=20),
     "warm-up 60": replace(FIXUP_ADAM, warmup=60),
     "no clipping": replace(FIXUP_ADAM, clip=0.0),
@@ -152,6 +155,8 @@ def _train(case: Case, lr: float, seed: int, text: Tensor, args: Any) -> dict[st
     torch.manual_seed(seed)
     model = _model(case, args)
     case.prepare(model, text)
+    if args.prior:
+        add_unigram_bias(model, text)
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         groups.setdefault(case.rates(name), []).append(parameter)
@@ -192,6 +197,7 @@ def _model(case: Case, args: Any) -> Any:
     cfg = {
         "_name": "transformer_fixup_lm",
         "fixup_method": case.method,
+        "fixup_output_bias": "none",
         **({"fixup_base_branches": case.base} if case.base else {}),
         "decoder_layers": args.branches // 2,
         "decoder_embed_dim": args.width,
@@ -247,6 +253,7 @@ def _parse() -> argparse.Namespace:
     add("--width", type=int, default=64)
     add("--updates", type=int, default=150)
     add("--threads", type=int, default=1)
+    add("--prior", action="store_true", help="the output's bias starts at the bytes' frequencies")
     add("--json", type=Path, help="a line of JSON for each line is added to this file")
     return parser.parse_args()
 
