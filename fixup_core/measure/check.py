@@ -14,6 +14,7 @@ import inspect
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 
 from fixup_core.errors import UserError
 from fixup_core.measure.depth import (
+    DEPTHS,
     MOVED,
     DepthCheck,
     branch_weights,
@@ -48,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         nargs="+",
-        help=f"passed to the function; several are compared: {', '.join(METHODS)}",
+        help=f"passed to the function; several are compared: {', '.join(METHODS)}; "
+        "all: those that are defined for the network",
     )
     parser.add_argument("--depths", nargs="+", type=int, help="three or more")
     parser.add_argument("--seeds", type=int, help="networks of each depth")
@@ -60,7 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--branches", metavar="ENDING", help="move only the branches whose name ends so"
     )
     parser.add_argument("--plot", metavar="FILE", help="write a figure, as depth.png")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON in place of the tables")
+    form.add_argument(
+        "--verdicts", action="store_true", help="print one table in Markdown, a line a method"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,14 +76,49 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("give --moved or --branches, not both")
     if args.plot:
         check_figure_file(args.plot)
-    checks = {method or args.net: _check(args, method) for method in args.method or [None]}
+    checks = {method or args.net: _check(args, method) for method in _methods(args)}
     if args.json:
         print(json.dumps({name: _plain(check) for name, check in checks.items()}, indent=2))
+    elif args.verdicts:
+        print(verdicts(checks))
     else:
         print("\n\n".join(f"{name}\n{check}" for name, check in checks.items()))
     if args.plot:
         plot_depth_checks(checks, args.plot)
     return 0 if all(check.flat for check in checks.values()) else 1
+
+
+def verdicts(checks: Mapping[str, DepthCheck]) -> str:
+    """A table in Markdown: the slope after each step, that of the inner layers' movement."""
+    steps = max(len(check.slopes) for check in checks.values())
+    heads = [f"step {k + 1}" for k in range(steps)]
+    lines = [
+        f"| method | {' | '.join(heads)} | movement | verdict |",
+        "|---" * (steps + 3) + "|",
+    ]
+    for name, check in checks.items():
+        cells = [f"{slope.value:.2f}" for slope in check.slopes]
+        moves = f"{check.movement.value:.2f}" if check.movement else ""
+        lines.append(f"| {name} | {' | '.join(cells)} | {moves} | {check.verdict} |")
+    return "\n".join(lines)
+
+
+def _methods(args: argparse.Namespace) -> list[str | None]:
+    """Those that were asked for; ``None`` where the network takes none."""
+    if args.method != ["all"]:
+        return list(args.method or [None])
+    return [name for name in METHODS if _takes(args.net, name)]
+
+
+def _takes(net: str, method: str) -> bool:
+    """Whether a network of that method can be built; if not, stderr says why."""
+    try:
+        options = _subject(net, method)
+        options["make_net"](min(options.get("depths", DEPTHS)))
+    except UserError as error:
+        print(f"{method} is left out: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _check(args: argparse.Namespace, method: str | None) -> DepthCheck:

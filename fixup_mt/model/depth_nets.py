@@ -36,7 +36,7 @@ def transformer(method: str = "fixup") -> dict[str, Any]:
     Raises:
         UserError: There is no such method, or it is not defined for Transformers.
     """
-    _ = FixupOptions(method=method).record  # an unknown one is refused here
+    record = FixupOptions(method=method).record  # an unknown one is refused here
     dictionary = Dictionary()
     for i in range(WORDS):
         dictionary.add_symbol(f"w{i}")
@@ -53,6 +53,8 @@ def transformer(method: str = "fixup") -> dict[str, Any]:
         "make_net": make_net,
         "batch": _batch(len(dictionary), dictionary.eos()),
         "depths": DEPTHS,
+        # Behind a multiplier at 0 nothing but the multiplier can move.
+        "moved": "scalars" if record.multiplier == 0 else "branches",
     }
 
 

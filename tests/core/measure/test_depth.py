@@ -335,3 +335,30 @@ def test_a_figure_of_several_checks(tmp_path: Path) -> None:
     checks["flat"].plot(tmp_path / "one.png")
     for file in (tmp_path / "new" / "depth.png", tmp_path / "one.png"):
         assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_steps_are_counted_from_the_start() -> None:
+    one = depth_check(maker(), **FAST, eta=1e-3)
+    three = depth_check(maker(), **FAST, eta=1e-3, steps=3)
+    assert three.earlier[0] == one.sizes and len(three.earlier) == 2
+    assert len(three.slopes) == 3 and three.slope in three.slopes
+    # Three steps in about one direction change about three times as much.
+    for first, last in zip(one.sizes, three.sizes, strict=True):
+        assert 2 < sum(last) / sum(first) < 4
+    assert "after each step" in str(three) and "after each step" not in str(one)
+
+
+@pytest.mark.parametrize(("rule", "slope"), [(branch_scale, 1 / 4), (unit_scale, 0)])
+def test_how_far_inner_layers_move_relative_to_their_size(rule, slope: float) -> None:
+    """Adam moves all weights alike: relative to those that a factor has made small, farther."""
+    adam = {"steps": 3, "optimizer": torch.optim.Adam, "seeds": 2}
+    check = depth_check(maker(DeepNet, rule), **FAST | adam)
+    assert check.movement is not None
+    assert check.movement.value == pytest.approx(slope, abs=0.05)
+    assert f"inner layers: slope {check.movement.value:.2f}" in str(check)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_steps_that_make_no_sense(steps: int) -> None:
+    with pytest.raises(UserError, match="at least 1 step"):
+        depth_check(maker(), **FAST, steps=steps)

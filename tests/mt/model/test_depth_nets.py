@@ -22,7 +22,7 @@ FEWER = {"depths": (1, 3, 9), "seeds": 8}
 @cache
 def _check(method: str, ending: str = "") -> DepthCheck:
     options = transformer(method) | FEWER
-    return depth_check(**options, moved=partial(branch_weights, ending=ending))
+    return depth_check(**options | {"moved": partial(branch_weights, ending=ending)})
 
 
 def test_feed_forward_branches_are_flat() -> None:
@@ -52,7 +52,8 @@ def test_cross_attention_scaled_for_twelve_branches_grows_faster() -> None:
 def test_the_slip_is_in_cross_attention_alone() -> None:
     def sizes(method: str, ending: str):
         moved = partial(branch_weights, ending=ending)
-        return depth_check(**transformer(method) | {"depths": (1, 2, 3), "seeds": 1}, moved=moved)
+        few = {"depths": (1, 2, 3), "seeds": 1, "moved": moved}
+        return depth_check(**transformer(method) | few)
 
     assert sizes("fixup_authors", "self_attn") == sizes("fixup", "self_attn")
     assert sizes("fixup_authors", "encoder_attn") != sizes("fixup", "encoder_attn")
@@ -77,3 +78,51 @@ def test_attention_in_double_precision_is_computed_in_it() -> None:
 def test_a_method_that_is_not_defined_for_transformers(method: str) -> None:
     with pytest.raises(UserError, match=f"'{method}' is not defined for Transformers; choose one"):
         transformer(method)
+
+
+@cache
+def _adam(method: str) -> DepthCheck:
+    few = {"depths": (1, 3, 9), "seeds": 2, "steps": 4, "optimizer": torch.optim.Adam}
+    return depth_check(**transformer(method) | few)
+
+
+def test_under_adam_a_fixed_number_is_flat_after_every_step() -> None:
+    check = _adam("fixup_adam")
+    assert check.flat and len(check.slopes) == 4
+    assert max(abs(slope.value) for slope in check.slopes) < 0.1
+    assert check.movement is not None and abs(check.movement.value) < 0.1
+
+
+@pytest.mark.parametrize(("method", "slope"), [("fixup", 0.75), ("fixup_attention_m2", 0.5)])
+def test_under_adam_the_papers_factor_grows(method: str, slope: float) -> None:
+    check = _adam(method)
+    assert check.verdict == "growing"
+    assert check.slopes[0].value == pytest.approx(slope, abs=0.12)
+
+
+def test_a_factor_for_the_first_step_grows_from_the_second_on() -> None:
+    """Squared, m = 2: the first infinitesimal step under Adam is flat, the fourth real one not."""
+    from dataclasses import replace
+
+    from fixup_core import METHODS, initialise_
+    from fixup_core.rules.factors import product_factor
+
+    squared = replace(
+        METHODS["fixup_attention_m2"], name="squared", factor=lambda p: product_factor(p) ** 2
+    )
+    options = transformer("fixup_attention_m2")
+
+    def make_net(depth: int):
+        net = options["make_net"](depth)
+        initialise_(net, squared)
+        return net
+
+    check = depth_check(
+        make_net,
+        batch=options["batch"],
+        depths=(1, 3, 9),
+        seeds=2,
+        steps=4,
+        optimizer=torch.optim.Adam,
+    )
+    assert abs(check.slopes[0].value) < 0.2 and check.slopes[3].value > 0.3
