@@ -26,16 +26,14 @@ from fixup_mt.errors import UserError
 from fixup_mt.host import checkpoints, repairs
 from fixup_mt.host.flow_log import log_gradients_where_asked
 from fixup_mt.host.patches import MARK, Patch
-from tests.conftest import ENVIRONMENT, ROOT, fairseq, train_flags
+from tests.conftest import ENVIRONMENT, ROOT, fairseq, train_flags, zygote
 
 
 def _in_a_fresh_process(code: str, switch: str = "1") -> str:
     """What ``code`` prints."""
-    environment = ENVIRONMENT | {repairs.SWITCH: switch, "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-c", f"import fixup_mt\n{code}"]
-    return subprocess.run(
-        line, capture_output=True, text=True, env=environment, check=True
-    ).stdout.strip()
+    done = zygote().run("-c", [f"import fixup_mt\n{code}"], env={repairs.SWITCH: switch})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def _without_repairs(code: str) -> str:
