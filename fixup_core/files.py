@@ -169,9 +169,12 @@ def _beside(target: Path, shared: bool) -> Path:
 
 def _give_name(temporary: Path, folder: Path, shared: bool) -> None:
     if shared or not folder.exists():
-        # Where another process was faster, its folder is in the way of this one.
-        with contextlib.suppress(*([OSError] if shared else [])):
+        try:
             temporary.rename(folder)
+        except OSError as error:
+            # Another process was faster: its folder is in the way of this one.
+            if not shared or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
         return
     others = _files(folder) - _files(temporary)
     if others:

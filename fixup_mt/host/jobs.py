@@ -6,6 +6,7 @@ into one folder.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import shlex
@@ -14,10 +15,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Self
 
 from tqdm import tqdm
 
+from fixup_core.files import whole_file
 from fixup_mt.errors import UserError
 
 # Waits for the end of standard input, which comes when the starting program is gone, even killed.
@@ -64,11 +66,14 @@ class _Running:
     def __init__(self, job: Job, *, position: int, threads: int) -> None:
         self.job = job
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        self.log = job.log.open("a", encoding="utf-8")
+        self.files = contextlib.ExitStack()
+        self.log = self.files.enter_context(job.log.open("a", encoding="utf-8"))
         self.log.write(f"{STARTED}{job.module} {shlex.join(job.arguments)}\n")
         self.log.flush()
-        self.partial = job.output and job.output.with_name(job.output.name + ".tmp")
-        self.sink: IO[str] = self.partial.open("w", encoding="utf-8") if self.partial else self.log
+        self.sink: IO[str] = self.log
+        if job.output is not None:
+            partial = self.files.enter_context(whole_file(job.output))
+            self.sink = self.files.enter_context(partial.open("w", encoding="utf-8"))
         self.process = subprocess.Popen(
             [sys.executable, "-c", WATCHED, job.module, *job.arguments],
             stdin=subprocess.PIPE,
@@ -108,26 +113,28 @@ class _Running:
 
     def finish(self) -> None:
         """Close everything, and give a successful output its name."""
-        status = self.process.wait()
-        self.close()
-        if status != 0:
-            raise UserError(f"{self.job.module} ({self.job.name}) failed: {self._reason()}")
-        if self.partial is not None and self.job.output is not None:
-            self.partial.replace(self.job.output)
+        with self:
+            if self.process.wait() != 0:
+                raise UserError(f"{self.job.module} ({self.job.name}) failed: {self._reason()}")
 
     def _reason(self) -> str:
         lines = self.job.log.read_text(encoding="utf-8", errors="replace").splitlines()
         said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         return (f"{said[-1]}; " if said else "") + f"see {self.job.log}"
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """End the process, close everything and drop what is not whole; twice is harmless."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
         self.bar.close()
-        for file in (self.process.stdin, self.stdout, self.sink, self.log):
-            if file is not None:
-                file.close()
+        for pipe in (self.process.stdin, self.stdout):
+            if pipe is not None:
+                pipe.close()
+        self.files.__exit__(*error)
 
 
 def run_jobs(jobs: Sequence[Job], *, threads: int) -> None:
@@ -145,14 +152,13 @@ def run_jobs(jobs: Sequence[Job], *, threads: int) -> None:
             run_jobs([job], threads=threads)
         return
     share = max(1, threads // max(1, len(jobs)))
-    running: list[_Running] = []
-    try:
-        for position, job in enumerate(jobs):
-            running.append(_Running(job, position=position, threads=share))
-        _follow(running)
-    finally:
-        for item in running:
-            item.close()
+    with contextlib.ExitStack() as stack:
+        _follow(
+            [
+                stack.enter_context(_Running(job, position=position, threads=share))
+                for position, job in enumerate(jobs)
+            ]
+        )
 
 
 def _follow(running: Sequence[_Running]) -> None:

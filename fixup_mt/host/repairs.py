@@ -7,33 +7,19 @@ used as a library goes on working: a repair acts where a command would go wrong,
 
 from __future__ import annotations
 
-import argparse
-import collections
-import importlib
 import logging
 import os
 import sys
-import tarfile
-import typing
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy
-import omegaconf
 import torch
-from fairseq import file_utils
-from fairseq.distributed import utils as distributed_utils
-from fairseq.file_io import PathManager
 from fairseq.models import ARCH_MODEL_REGISTRY
-from fairseq.trainer import Trainer
-from omegaconf.base import ContainerMetadata, Metadata
-from omegaconf.nodes import AnyNode
 
 from fixup_core.command_line import speak_utf8
-from fixup_core.files import hold_folder, whole_file
-from fixup_mt.errors import UserError, check_architecture, check_options, install_hook
-from fixup_mt.host import generation, tasks, texts
+from fixup_mt.errors import install_hook
+from fixup_mt.host import checkpoints, generation, tasks, texts
+from fixup_mt.host.checkpoints import load_checkpoints_safely
 from fixup_mt.host.flow_log import log_gradients_where_asked
 from fixup_mt.host.generation import (
     batches_of_a_shard,
@@ -41,56 +27,13 @@ from fixup_mt.host.generation import (
     share_out,
     take_numpys_old_names_away,
 )
-from fixup_mt.host.literals import shadow_eval, uncover_eval
+from fixup_mt.host.literals import uncover_eval
+from fixup_mt.host.options import check_architecture, check_options
 from fixup_mt.host.patches import Patch, arguments, patch
 
 logger = logging.getLogger(__name__)
 
 SWITCH = "FIXUP_MT_REPAIRS"
-
-
-def load_checkpoints_safely() -> None:
-    """Torch >= 2.6 refuses fairseq's checkpoints; allow exactly the classes that they hold.
-
-    That is the command line's namespace, numpy's BLEU counts, and, where a distributed run
-    broadcasts the state, the configuration. All of them are plain data.
-    """
-    core: Any = importlib.import_module("numpy._core.multiarray")
-    both_names = [
-        (getattr(core, name), f"numpy.{package}.multiarray.{name}")
-        for name in ("_reconstruct", "scalar")
-        for package in ("_core", "core")
-    ]
-    dtypes = [type(numpy.dtype(t)) for t in ("int64", "int32", "float64", "float32", "bool")]
-    configuration = [
-        *(omegaconf.DictConfig, omegaconf.ListConfig, ContainerMetadata, Metadata, AnyNode),
-        *(typing.Any, dict, list, int, collections.defaultdict),
-        distributed_utils._TensorPlaceholder,
-    ]
-    arrays: list[Any] = [numpy.ndarray, numpy.dtype, *both_names, *dtypes]
-    torch.serialization.add_safe_globals([argparse.Namespace, *arrays, *configuration])
-
-
-@patch("fairseq.file_io:PathManager.copy", "src_path dst_path overwrite")
-def copy_checkpoints_atomically(original: Any) -> Any:
-    """A kill while ``checkpoint_last.pt`` is copied over in place leaves it truncated."""
-
-    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
-        if "://" in dst_path:  # a remote store, through iopath
-            return original(src_path, dst_path, overwrite=overwrite)
-        with whole_file(dst_path) as temporary:
-            original(src_path, str(temporary), overwrite=True)
-        return dst_path
-
-    return copy
-
-
-@patch("fairseq.checkpoint_utils:_torch_persistent_save", "obj f")
-def save_once(original: Any) -> Any:
-    """On a full disk fairseq tries three times, behind what it has written into the same file, and
-    logs three tracebacks before it gives up.
-    """
-    return lambda obj, f: torch.save(obj, f)
 
 
 @patch("fairseq.nan_detector:NanDetector.__init__", "self model forward backward")
@@ -173,97 +116,6 @@ def resume_with_the_same_batches(original: Any) -> Any:
     return get_batch_iterator
 
 
-@patch("fairseq.checkpoint_utils:load_checkpoint_to_cpu", "path arg_overrides load_on_all_ranks")
-def run_no_code_of_a_checkpoint(original: Any) -> Any:
-    """A checkpoint's settings are strings that fairseq gives to ``eval`` as it builds the model:
-    a file of plain data could run anything (``fixup_mt.host.literals``).
-    """
-    shadow_eval()
-
-    def load_checkpoint_to_cpu(*args: Any, **kwargs: Any) -> Any:
-        shadow_eval()  # modules that have been imported since
-        return original(*args, **kwargs)
-
-    return load_checkpoint_to_cpu
-
-
-@patch("fairseq.file_utils:load_archive_file", "archive_file")
-def keep_archives_in_their_folder(original: Any) -> Any:
-    """A member of a model's archive that is called ``../x`` is written beside the folder."""
-
-    class DataArchive(tarfile.TarFile):
-        extraction_filter = staticmethod(tarfile.data_filter)
-
-    def load_archive_file(archive_file: str) -> Any:
-        before, file_utils.tarfile = file_utils.tarfile, SimpleNamespace(open=DataArchive.open)
-        try:
-            return original(archive_file)
-        except tarfile.FilterError as error:
-            raise UserError(f"{archive_file} is not unpacked: {error}") from error
-        finally:
-            file_utils.tarfile = before
-
-    return load_archive_file
-
-
-@patch("fairseq.checkpoint_utils:load_checkpoint", "cfg trainer **passthrough_args")
-def find_the_restore_file(original: Any) -> Any:
-    """``--restore-file checkpoint_best.pt`` is not looked for in the save directory, and a file
-    that is not there, or holds no optimiser, is passed over: the run starts from scratch and
-    overwrites what lies there. Nor does anything stop a second run in the same directory.
-    """
-
-    def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
-        name, folder = cfg.restore_file, cfg.save_dir
-        given = getattr(cfg, "finetune_from_model", None)
-        if given and "://" not in given and _of_rank(given, trainer).is_dir():
-            raise UserError(f"--finetune-from-model: {given} is a folder: give a file in it")
-        if folder is not None and name not in (None, "checkpoint_last.pt"):
-            cfg.restore_file = name = _restore_file(name, Path(folder, name), trainer)
-        if folder is not None and isinstance(trainer, Trainer):
-            if trainer.is_data_parallel_master and not cfg.no_save:
-                hold_folder(Path(folder))
-            if not (cfg.reset_optimizer or cfg.finetune_from_model):
-                _check_optimizer(Path(folder, name or ""), trainer)
-        return original(cfg, trainer, **passthrough_args)
-
-    return load_checkpoint
-
-
-def _restore_file(name: str, beside: Path, trainer: Any) -> str:
-    if "://" in name:
-        if not PathManager.exists(name):
-            raise UserError(f"--restore-file: {name} cannot be reached: give a file")
-        return name
-    for path in (name, str(beside)):
-        if _of_rank(path, trainer).is_dir():
-            raise UserError(f"--restore-file: {path} is a folder: give a file in it")
-        if _of_rank(path, trainer).exists():
-            return path
-    raise UserError(f"--restore-file: neither {name} nor {beside} exists")
-
-
-def _check_optimizer(file: Path, trainer: Any) -> None:
-    """Raise unless ``file``, if it is there, holds what a run goes on with."""
-    file = _of_rank(str(file), trainer)
-    if not file.is_file():
-        return
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:
-        return  # a damaged file is explained where fairseq loads it
-    if not state.get("last_optimizer_state"):
-        raise UserError(
-            f"{file} holds weights but no optimiser, so that no run can go on from it: start one "
-            f"from its weights by --finetune-from-model {file} in another --save-dir, or add "
-            "--reset-optimizer"
-        )
-
-
-def _of_rank(path: str, trainer: Any) -> Path:
-    return Path(path.replace(".pt", f"{trainer.checkpoint_suffix or ''}.pt"))
-
-
 @patch("fairseq.distributed.utils:infer_init_method", "cfg force_distributed")
 def join_the_ranks_of_torchrun(original: Any) -> Any:
     """Not torchrun's ranks are counted but a machine's GPUs: without a GPU, or with one on each
@@ -311,17 +163,13 @@ def explain_mistakes(original: Any) -> Any:
 
 
 REPAIRS: tuple[Patch, ...] = (
-    run_no_code_of_a_checkpoint,
-    keep_archives_in_their_folder,
-    copy_checkpoints_atomically,
-    save_once,
     keep_the_nan_detector_alive,
     name_the_bad_gradients,
     keep_the_last_batch,
     resume_with_the_same_batches,
-    find_the_restore_file,
     join_the_ranks_of_torchrun,
     explain_mistakes,
+    *checkpoints.REPAIRS,
     *generation.REPAIRS,
     *texts.REPAIRS,
     *tasks.REPAIRS,

@@ -32,7 +32,8 @@ from fixup_core.fuse.exports import (
     describe_export,
 )
 from fixup_mt import register
-from fixup_mt.errors import UserError, check_literal
+from fixup_mt.errors import UserError
+from fixup_mt.host.options import literal
 from fixup_mt.model.model import FixupLanguageModel
 from fixup_mt.serving import ctranslate2_model, onnx_model, state_dict
 from fixup_mt.serving.fold import stacks
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         if FORMATS[args.format].whole is whole_file:
             raise UserError("--sentencepiece belongs to the formats that are folders")
         check_pieces(args.sentencepiece)
-    overrides = check_literal("model_overrides", args.model_overrides)
+    overrides = literal("model_overrides", args.model_overrides)
     if not isinstance(overrides, dict):
         raise UserError(f"--model-overrides is {args.model_overrides!r}: give a dictionary")
     model, task = load(args.checkpoint, args.data_bin, overrides)

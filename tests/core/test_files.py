@@ -108,6 +108,16 @@ def test_the_faster_of_two_processes_wins(tmp_path: Path) -> None:
     assert _names(folder) == ["others"] and _names(tmp_path) == ["folder"]
 
 
+def test_a_shared_folder_that_cannot_take_its_name_is_an_error(tmp_path: Path) -> None:
+    """Only another process's folder is in the way without a word."""
+    (tmp_path / "above").mkdir()
+    with (
+        pytest.raises(FileNotFoundError),
+        whole_folder(tmp_path / "above" / "folder", shared=True) as temporary,
+    ):
+        temporary.parent.rename(tmp_path / "moved")
+
+
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     place = tmp_path / "place"
     file, folder = tmp_path / "file", tmp_path / "folder"

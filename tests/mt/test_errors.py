@@ -5,14 +5,13 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from argparse import Namespace
 
 import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
 from fixup_core import errors
-from fixup_mt.errors import KNOWN, UserError, check_architecture, check_options
+from fixup_mt.errors import KNOWN, UserError
 from tests.conftest import ENVIRONMENT, ROOT
 
 
@@ -89,30 +88,6 @@ def test_a_spawned_ranks_mistake_is_told_too(kind: type, text: str, says: str | 
 def test_every_advice_can_be_written() -> None:
     for kind, _, advice in (*KNOWN, *errors.COMMON):
         assert advice.format(error="e", file="f"), kind
-
-
-@pytest.mark.parametrize("argv", [["--arch", "transformer_fixpu"], ["--arch=transformer_fixpu"]])
-def test_a_misspelt_architecture_names_the_nearest(argv: list[str]) -> None:
-    with pytest.raises(UserError, match="nearest: transformer_fixup"):
-        check_architecture(argv, ["transformer_fixup", "lstm"])
-    check_architecture(["--arch", "lstm", "--lr", "1"], ["lstm"])
-
-
-@pytest.mark.parametrize(
-    ("metric", "lacks"), [("bleu", "eval_bleu"), ("accuracy", "report_accuracy")]
-)
-def test_a_metric_that_nobody_computes_is_told_at_the_start(metric: str, lacks: str) -> None:
-    with pytest.raises(UserError, match=f"{metric} wants --{lacks.replace('_', '-')}"):
-        check_options(Namespace(best_checkpoint_metric=metric, **{lacks: False}))
-    check_options(Namespace(best_checkpoint_metric=metric, **{lacks: True}))
-    check_options(Namespace(best_checkpoint_metric=metric))
-
-
-def test_a_training_wants_an_optimiser() -> None:
-    with pytest.raises(UserError, match="--optimizer is required"):
-        check_options(Namespace(optimizer=None, max_epoch=0))
-    check_options(Namespace(optimizer="adam", max_epoch=0))
-    check_options(Namespace(optimizer=None))
 
 
 def _dies_of(raised: str, status: int) -> list[str]:

@@ -265,7 +265,7 @@ def _fairseq(checkpoint: str, data: str) -> Lines:
 
 SAYS = {
     "transformer_fixpu": "nearest: transformer_fixup",
-    "nonsense": "--adam-betas is 'nonsense': that is no Python literal",
+    "nonsense": "--adam-betas: 'nonsense' is not a Python literal",
     "0": " 0",
     "3": "does not divide --decoder-embed-dim 64",
     "1.5": "--dropout is 1.5: give 0 to 1",

@@ -396,7 +396,7 @@ def test_a_trained_checkpoint_is_exported_by_the_command(
         (["--output", "x", "--checkpoint", "no.pt"], "no.pt does not exist"),
         (["--output", "x", "--data-bin", "no"], "no does not exist"),
         (["--output", "x", "--format", "fairseq", "--quantization", "int8"], "belongs to --format"),
-        (["--output", "x", "--model-overrides", "{bad"], "'{bad': that is no Python literal"),
+        (["--output", "x", "--model-overrides", "{bad"], "'{bad' is not a Python literal"),
         (["--output", "x", "--model-overrides", "3"], "'3': give a dictionary"),
     ):
         assert main([*line, *flags]) == 2
