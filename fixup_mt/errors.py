@@ -43,6 +43,12 @@ KNOWN: tuple[Advice, ...] = (
         "--source-lang and --target-lang",
     ),
     (OSError, "^Model file not found", "{error}: check --path"),
+    (
+        FileExistsError,
+        r"^[^\[].*dict\..*txt$",
+        "{error} exists: give another --destdir, or use it by --srcdict and --tgtdict",
+    ),
+    (AssertionError, "^--trainpref must be set|^cannot use both --srcdict", "{error}"),
     (AssertionError, "--path required", "--path is required: give a checkpoint"),
     (AssertionError, "world size is .* available devices", "{error}: --distributed-world-size"),
     (FileNotFoundError, "Dataset not found", "{error}: run fairseq-preprocess for this split"),

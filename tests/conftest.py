@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,16 +29,72 @@ WORDS = [f"w{i}" for i in range(20)]
 
 
 def fairseq(
-    command: str, *arguments: object, check: bool = True, **options
+    command: str, *arguments: object, check: bool = True, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """``fairseq-COMMAND ARGUMENTS`` with the plugin of this checkout."""
-    options.setdefault("cwd", ROOT)
-    environment = ENVIRONMENT | options.pop("env", {})
-    line = [sys.executable, "-m", f"fairseq_cli.{command}", *map(str, arguments)]
-    done = subprocess.run(line, capture_output=True, text=True, env=environment, **options)
+    """``fairseq-COMMAND ARGUMENTS`` with the plugin of this checkout.
+
+    Args:
+        command: ``train``, ``generate`` and so on.
+        arguments: Of the command.
+        check: Whether a status other than 0 is an error.
+        options: ``env``, ``cwd`` and ``input``.
+    """
+    words = list(map(str, arguments))
+    done = zygote().run(f"fairseq_cli.{command}", words, **options)
     if check and done.returncode:
-        raise AssertionError(f"{' '.join(line)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        line = f"fairseq-{command} {' '.join(words)}"
+        raise AssertionError(f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
+
+
+class Zygote:
+    """Runs modules as ``python -m`` does, without the time that imports take (``zygote.py``)."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "zygote.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=ENVIRONMENT,
+        )
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """It ends with its standard input."""
+        self.process.communicate()
+
+    def run(
+        self,
+        module: str,
+        arguments: list[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path = ROOT,
+        input: str = "",
+    ) -> subprocess.CompletedProcess[str]:
+        """``python -m MODULE ARGUMENTS``: its status, and what it has printed.
+
+        The module ``-c`` stands for the code that follows.
+        """
+        assert self.process.stdin and self.process.stdout
+        with tempfile.TemporaryDirectory() as folder:
+            files = {name: Path(folder, name) for name in ("stdin", "stdout", "stderr")}
+            files["stdin"].write_text(input, encoding="utf-8")
+            order: dict[str, Any] = {name: str(file) for name, file in files.items()}
+            order |= {"module": module, "arguments": arguments, "cwd": str(cwd)}
+            order["environment"] = ENVIRONMENT | (env or {})
+            print(json.dumps(order), file=self.process.stdin, flush=True)
+            status = int(self.process.stdout.readline())
+            said = [files[name].read_text("utf-8", "replace") for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess([module, *arguments], status, *said)
+
+
+@functools.cache
+def zygote() -> Zygote:
+    """One for a worker."""
+    return Zygote()
 
 
 def write_parallel_text(folder: Path) -> None:

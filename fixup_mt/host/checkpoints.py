@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import importlib
+import logging
 import tarfile
 import typing
 from pathlib import Path
@@ -25,6 +26,8 @@ from fixup_core.files import hold_folder, whole_file
 from fixup_mt.errors import UserError
 from fixup_mt.host.literals import shadow_eval
 from fixup_mt.host.patches import Patch, patch
+
+logger = logging.getLogger(__name__)
 
 
 def load_checkpoints_safely() -> None:
@@ -136,6 +139,24 @@ def find_the_restore_file(original: Any) -> Any:
 
 
 @patch("fairseq.checkpoint_utils:load_checkpoint", "cfg trainer **passthrough_args")
+def stop_where_the_run_is_done(original: Any) -> Any:
+    """``--max-update`` is looked at behind an update: a run that is done and started again makes
+    one more each time, and overwrites its checkpoints.
+    """
+
+    def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
+        loaded = original(cfg, trainer, **passthrough_args)
+        if isinstance(trainer, Trainer):
+            done, limit = trainer.get_num_updates(), trainer.cfg.optimization.max_update
+            if 0 < limit <= done:
+                logger.info("this run has made %d updates, and --max-update is %g", done, limit)
+                trainer.cfg.optimization.max_epoch = -1  # fairseq's loop is not entered
+        return loaded
+
+    return load_checkpoint
+
+
+@patch("fairseq.checkpoint_utils:load_checkpoint", "cfg trainer **passthrough_args")
 def one_run_in_a_folder(original: Any) -> Any:
     """Nothing stops a second run in the same save directory."""
 
@@ -190,5 +211,6 @@ REPAIRS: tuple[Patch, ...] = (
     # Each around the one before: the folder is held first, the file is found, then looked into.
     go_on_with_the_optimizer,
     find_the_restore_file,
+    stop_where_the_run_is_done,
     one_run_in_a_folder,
 )

@@ -20,6 +20,7 @@ MARK = "_fixup_mt_patches"
 """Attribute of a wrapped function: what stood in its place, by the names of the patches."""
 
 Function = Callable[..., Any]
+BOUND = (staticmethod, classmethod)
 STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
@@ -61,8 +62,8 @@ class Patch:
             return False
         replacement: Any = functools.wraps(function)(self.wrap(function))
         setattr(replacement, MARK, marks | {self.name: found})
-        static = isinstance(found, staticmethod)
-        setattr(owner, attribute, staticmethod(replacement) if static else replacement)
+        kind = type(found) if isinstance(found, BOUND) else _itself
+        setattr(owner, attribute, kind(replacement))
         return True
 
     def undo(self) -> None:
@@ -98,4 +99,8 @@ def arguments(function: Function, *args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 def _function(found: Any) -> Any:
-    return found.__func__ if isinstance(found, staticmethod) else found
+    return found.__func__ if isinstance(found, BOUND) else found
+
+
+def _itself(function: Any) -> Any:
+    return function

@@ -6,6 +6,7 @@ pairs of a parallel text shift without a word. A line that is no UTF-8 text is n
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import os
 import struct
@@ -41,6 +42,8 @@ def _lines(file: BinaryIO, start: int, end: int) -> Iterator[str]:
     while line := file.readline():
         if 0 < end < file.tell():
             return
+        if file.tell() == len(line):  # the mark at the head of a file is no part of its first word
+            line = line.removeprefix(codecs.BOM_UTF8)
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -151,6 +154,39 @@ def check_data(path: str, impl: str) -> None:
         raise UserError(f"{content} is damaged, or not the one of its index: {again}")
 
 
+def check_parallel_text(args: Any) -> None:
+    """Raise ``UserError`` where the texts of ``fairseq-preprocess`` are empty or no pairs of lines:
+    it writes them, and says nothing.
+    """
+    languages = [args.source_lang] if args.only_source else [args.source_lang, args.target_lang]
+    if not args.only_source and (None in languages or len(set(languages)) == 1):
+        raise UserError(
+            "give --source-lang and --target-lang, two of them, or --only-source for a single text"
+        )
+    if args.dict_only:
+        return
+    others = [name for text in (args.validpref, args.testpref) if text for name in text.split(",")]
+    for prefix in (*([args.trainpref] if args.trainpref else []), *others):
+        files = [Path(f"{prefix}.{name}" if name else prefix) for name in languages]
+        if not all(file.is_file() for file in files):
+            continue  # fairseq names what is missing
+        counts = {str(file): _count_lines(file) for file in files}
+        for file, count in counts.items():
+            if not count:
+                raise UserError(f"{file} holds no lines")
+        if len(set(counts.values())) > 1:
+            found = " and ".join(f"{file} {count}" for file, count in counts.items())
+            raise UserError(f"a line of one text belongs to a line of the other; lines: {found}")
+
+
+def _count_lines(file: Path) -> int:
+    count, last = 0, b"\n"
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            count, last = count + block.count(b"\n"), block[-1:]
+    return count + (last != b"\n")
+
+
 @patch("fairseq.options:add_preprocess_args", "parser")
 def explain_mistakes_in_text(original: Any) -> Any:
     """What ``fairseq-preprocess`` cannot read is one line, as everywhere. Its parser is all that it
@@ -160,6 +196,14 @@ def explain_mistakes_in_text(original: Any) -> Any:
     def add_preprocess_args(parser: Any) -> Any:
         if Path(sys.argv[0]).stem in ("preprocess", "fairseq-preprocess"):
             install_hook(parser)
+            parse = parser.parse_args
+
+            def parse_args(*args: Any, **kwargs: Any) -> Any:
+                options = parse(*args, **kwargs)
+                check_parallel_text(options)
+                return options
+
+            parser.parse_args = parse_args
         return original(parser)
 
     return add_preprocess_args

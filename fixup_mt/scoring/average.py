@@ -144,7 +144,7 @@ def _advice(folder: Path, kind: str) -> str:
             f"{folder}/checkpoint.best_*.pt"
         )
     keep = "--keep-last-epochs" if kind == "epoch" else "--keep-interval-updates"
-    return f"ask for fewer, or train with a larger {keep}"
+    return f"ask for fewer, train longer, or keep more of them ({keep})"
 
 
 def read_candidate(path: Path, position: int) -> Candidate:

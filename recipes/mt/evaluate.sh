@@ -104,7 +104,7 @@ generate() {
         "${bpe[@]}" \
         "${GENERATE_FLAGS[@]}" \
         >"$OUTPUT/generated.txt.partial" 2>"$OUTPUT/generate.log" ||
-        die "fairseq-generate failed; the reason is at the end of $OUTPUT/generate.log"
+        fail "$?" "fairseq-generate failed; the reason is at the end of $OUTPUT/generate.log"
     mv "$OUTPUT/generated.txt.partial" "$OUTPUT/generated.txt"
 }
 

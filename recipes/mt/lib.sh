@@ -27,17 +27,19 @@ COMMON_OPTIONS='Options:
   --dry-run          print the training command and do nothing
   -- FLAGS           everything after -- is passed on to fairseq-train'
 
-if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
-    echo "error: this needs bash 4.4 or later; here is $BASH_VERSION" >&2
-    exit 1
-fi
-
 say() { printf '[%s] %s\n' "$(basename "$0" .sh)" "$*"; }
 
-die() {
-    printf 'error: %s\n' "$*" >&2
-    exit 1
+# fail STATUS WORDS...: the one line that a script ends with.
+fail() {
+    printf 'error: %s\n' "${*:2}" >&2
+    exit "$1"
 }
+
+# die WORDS...: what the user can mend.
+die() { fail 2 "$@"; }
+
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
+    die "this needs bash 4.4 or later; here is $BASH_VERSION"
 
 # The head comment of the recipe is its manual.
 usage() {
@@ -232,7 +234,7 @@ train() {
     local status=0
     mkdir -p "$RUN"
     "${TRAIN_COMMAND[@]}" 2>&1 | tee -a "$RUN/train.log" || status=$?
-    ((status == 0)) || die "training stopped with status $status; the reason is at the end of" \
+    ((status == 0)) || fail "$status" "training stopped with status $status; the reason is at the end of" \
         "$RUN/train.log, and running this again goes on from the last checkpoint"
 }
 
@@ -257,7 +259,7 @@ build_train_command() {
 # Checkpoints that the training is certain not to leave are missed now, not when it is over.
 check_average() {
     local flag limit
-    for flag in --keep-last-epochs --max-epoch; do
+    for flag in --keep-last-epochs --max-epoch --max-update; do
         limit="$(last_value "$flag" "${TRAIN_COMMAND[@]}")"
         [[ ! "$limit" =~ ^[1-9][0-9]*$ ]] || ((AVERAGE <= limit)) ||
             die "--average $AVERAGE checkpoints, but $flag $limit leaves $limit at the most;" \

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import fairseq, train_flags
+from tests.conftest import ENVIRONMENT, ROOT, fairseq, train_flags
 
 
 def _digest(path: Path) -> str:
@@ -84,3 +86,16 @@ def test_divergence_keeps_the_checkpoints(data_bin: Path, trained: Path, tmp_pat
     flags = train_flags(data_bin, tmp_path, "--lr", "1e30", "--max-epoch", "9", "--reset-optimizer")
     _refused(fairseq("train", *flags, check=False), "training diverged")
     assert _digest(last) == before
+
+
+def _errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_a_fork_of_the_tests_does_what_a_process_does(data_bin: Path, tmp_path: Path) -> None:
+    flags = [str(flag) for flag in train_flags(data_bin, tmp_path, "--arch", "transformer_fixpu")]
+    line = [sys.executable, "-m", "fairseq_cli.train", *flags]
+    process = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+    fork = fairseq("train", *flags, check=False)
+    assert process.returncode == fork.returncode == 2
+    assert _errors(process) == _errors(fork) != []

@@ -30,7 +30,7 @@ def run(name: str, *words: object, **variables: str) -> subprocess.CompletedProc
 
 
 def error_line(result: subprocess.CompletedProcess[str]) -> str:
-    assert result.returncode != 0, result.stdout
+    assert result.returncode == 2, (result.returncode, result.stdout)
     lines = result.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     return lines[0]
@@ -122,11 +122,24 @@ def test_dry_run_prints_the_training_command(name: str, method: str, tmp_path: P
     assert not output.exists()
 
 
-@pytest.mark.parametrize("flag", ["--keep-last-epochs", "--max-epoch"])
+@pytest.mark.parametrize("flag", ["--keep-last-epochs", "--max-epoch", "--max-update"])
 def test_more_checkpoints_than_are_left_are_missed_at_the_start(flag: str, tmp_path: Path) -> None:
     words = ("--output", tmp_path / "out", "--average", 3, "--dry-run", "--", flag)
     assert f"but {flag} 2 leaves 2 at the most" in error_line(run("multi30k.sh", *words, 2))
     assert run("multi30k.sh", *words, 3).returncode == 0
+
+
+@pytest.mark.parametrize("status", [1, 2, 130])
+def test_a_training_that_fails_gives_its_status(status: int, tmp_path: Path) -> None:
+    script = (
+        f"source {RECIPES / 'lib.sh'}; RUN={tmp_path}; "
+        f"TRAIN_COMMAND=(bash -c 'exit {status}'); train"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"set -euo pipefail; {script}"], capture_output=True, text=True
+    )
+    assert done.returncode == status
+    assert f"stopped with status {status}" in done.stderr
 
 
 FAKE = """#!/bin/sh

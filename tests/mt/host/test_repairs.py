@@ -26,16 +26,14 @@ from fixup_mt.errors import UserError
 from fixup_mt.host import checkpoints, repairs
 from fixup_mt.host.flow_log import log_gradients_where_asked
 from fixup_mt.host.patches import MARK, Patch
-from tests.conftest import ENVIRONMENT, ROOT, fairseq, train_flags
+from tests.conftest import ENVIRONMENT, ROOT, fairseq, train_flags, zygote
 
 
 def _in_a_fresh_process(code: str, switch: str = "1") -> str:
     """What ``code`` prints."""
-    environment = ENVIRONMENT | {repairs.SWITCH: switch, "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-c", f"import fixup_mt\n{code}"]
-    return subprocess.run(
-        line, capture_output=True, text=True, env=environment, check=True
-    ).stdout.strip()
+    done = zygote().run("-c", [f"import fixup_mt\n{code}"], env={repairs.SWITCH: switch})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def _without_repairs(code: str) -> str:
@@ -366,58 +364,6 @@ def test_without_the_repair_it_dies() -> None:
         "except StopIteration: print('dead')"
     )
     assert _without_repairs(code) == "dead"
-
-
-@pytest.fixture
-def restored(monkeypatch) -> list[SimpleNamespace]:
-    """What the repaired ``load_checkpoint`` hands to fairseq's."""
-    seen: list[SimpleNamespace] = []
-
-    def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> None:
-        seen.append(cfg)
-
-    monkeypatch.setattr(checkpoint_utils, "load_checkpoint", load_checkpoint)
-    assert checkpoints.find_the_restore_file.apply()
-    return seen
-
-
-@pytest.mark.parametrize("name", ["/tmp/checkpoint_restore.pt", "checkpoint_last.pt", None])
-def test_without_a_save_directory_fairseq_is_left_to_itself(name: str | None, restored) -> None:
-    """As those who use it as a library call it."""
-    cfg = SimpleNamespace(restore_file=name, save_dir=None)
-    checkpoint_utils.load_checkpoint(cfg, SimpleNamespace(checkpoint_suffix=""))
-    assert restored[0].restore_file == name
-
-
-def test_a_restore_file_is_found_beside_the_checkpoints(tmp_path: Path, restored) -> None:
-    (tmp_path / "checkpoint_best.pt").touch()
-    trainer = SimpleNamespace(checkpoint_suffix="")
-    cfg = SimpleNamespace(restore_file="checkpoint_best.pt", save_dir=str(tmp_path))
-    checkpoint_utils.load_checkpoint(cfg, trainer)
-    assert restored[0].restore_file == str(tmp_path / "checkpoint_best.pt")
-    missing = SimpleNamespace(restore_file="nowhere.pt", save_dir=str(tmp_path))
-    with pytest.raises(UserError, match=r"neither nowhere\.pt nor"):
-        checkpoint_utils.load_checkpoint(missing, trainer)
-
-
-def test_a_folder_to_fine_tune_from_is_refused(tmp_path: Path, restored) -> None:
-    """It is passed over, and fairseq trains from scratch."""
-    (tmp_path / "file.pt").touch()
-    trainer = SimpleNamespace(checkpoint_suffix="")
-    cfg = SimpleNamespace(restore_file="checkpoint_last.pt", save_dir=str(tmp_path / "run"))
-    cfg.finetune_from_model = str(tmp_path / "file.pt")
-    checkpoint_utils.load_checkpoint(cfg, trainer)
-    cfg.finetune_from_model = str(tmp_path)
-    with pytest.raises(UserError, match=r"--finetune-from-model: .* is a folder"):
-        checkpoint_utils.load_checkpoint(cfg, trainer)
-    assert len(restored) == 1
-
-
-def test_a_restore_file_may_have_the_suffix_of_the_run(tmp_path: Path, restored) -> None:
-    (tmp_path / "checkpoint_best-shard0.pt").touch()
-    cfg = SimpleNamespace(restore_file="checkpoint_best.pt", save_dir=str(tmp_path))
-    checkpoint_utils.load_checkpoint(cfg, SimpleNamespace(checkpoint_suffix="-shard0"))
-    assert restored[0].restore_file == str(tmp_path / "checkpoint_best.pt")
 
 
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}

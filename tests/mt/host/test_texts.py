@@ -7,6 +7,7 @@ import itertools
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fairseq.file_chunker_utils import Chunker
 import fixup_mt  # noqa: F401 (applies the repairs)
 from fixup_mt.errors import UserError
 from fixup_mt.host import texts
-from tests.conftest import ENVIRONMENT, ROOT, fairseq
+from tests.conftest import ENVIRONMENT, ROOT, fairseq, zygote
 
 TEXT = "a b\rc\u2028d\nä e\r\n\nf\n"
 LINES = ["a b\rc\u2028d\n", "ä e\r\n", "\n", "f\n"]
@@ -50,9 +51,7 @@ def test_without_the_repair_a_carriage_return_ends_one(file: Path) -> None:
     )
     counts = []
     for switch in "01":
-        environment = ENVIRONMENT | {"FIXUP_MT_REPAIRS": switch, "PYTHONPATH": str(ROOT)}
-        line = [sys.executable, "-c", code, str(file)]
-        done = subprocess.run(line, capture_output=True, text=True, env=environment, check=True)
+        done = zygote().run("-c", [code, str(file)], env={"FIXUP_MT_REPAIRS": switch})
         counts.append(int(done.stdout))
     assert counts == [5, 4]
 
@@ -149,3 +148,42 @@ def test_a_malformed_dictionary_is_one_line(
     done = fairseq("generate", tmp_path, *flags, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: a dict.*.txt of the data is damaged" in done.stderr.splitlines()[-1]
+
+
+def _texts(folder: Path, **contents: str) -> Namespace:
+    for name, content in contents.items():
+        (folder / f"train.{name}").write_text(content)
+    options = {"only_source": False, "dict_only": False, "validpref": None, "testpref": None}
+    prefix = str(folder / "train")
+    return Namespace(trainpref=prefix, source_lang="de", target_lang="en", **options)
+
+
+@pytest.mark.parametrize(
+    ("german", "english", "says"),
+    [
+        ("a\nb\n", "A\n", r"lines: .*train\.de 2 and .*train\.en 1"),
+        ("a\nb", "A\n", r"train\.de 2 and"),
+        ("", "", r"train\.de holds no lines"),
+    ],
+)
+def test_texts_that_are_no_pairs_are_refused(
+    german: str, english: str, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=says):
+        texts.check_parallel_text(_texts(tmp_path, de=german, en=english))
+
+
+def test_pairs_and_a_single_text_are_not_refused(tmp_path: Path) -> None:
+    args = _texts(tmp_path, de="a\nb", en="A\nB\n")
+    texts.check_parallel_text(args)
+    args.target_lang = None
+    with pytest.raises(UserError, match="--only-source"):
+        texts.check_parallel_text(args)
+    args.only_source = True
+    texts.check_parallel_text(args)
+
+
+def test_the_mark_at_the_head_of_a_file_is_no_word(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("a b\n\ufeffc\n", encoding="utf-8-sig")
+    with Chunker(str(tmp_path / "text"), 0, 0) as lines:
+        assert list(lines) == ["a b\n", "\ufeffc\n"]

@@ -1,0 +1,79 @@
+"""Which checkpoint a run of fairseq goes on from, and whether it goes on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fairseq import checkpoint_utils
+
+import fixup_mt  # noqa: F401 (applies the repairs)
+from fixup_mt.errors import UserError
+from fixup_mt.host import checkpoints
+from tests.conftest import fairseq, train_flags
+
+
+@pytest.fixture
+def restored(monkeypatch) -> list[SimpleNamespace]:
+    """What the repaired ``load_checkpoint`` hands to fairseq's."""
+    seen: list[SimpleNamespace] = []
+
+    def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> None:
+        seen.append(cfg)
+
+    monkeypatch.setattr(checkpoint_utils, "load_checkpoint", load_checkpoint)
+    assert checkpoints.find_the_restore_file.apply()
+    return seen
+
+
+@pytest.mark.parametrize("name", ["/tmp/checkpoint_restore.pt", "checkpoint_last.pt", None])
+def test_without_a_save_directory_fairseq_is_left_to_itself(name: str | None, restored) -> None:
+    """As those who use it as a library call it."""
+    cfg = SimpleNamespace(restore_file=name, save_dir=None)
+    checkpoint_utils.load_checkpoint(cfg, SimpleNamespace(checkpoint_suffix=""))
+    assert restored[0].restore_file == name
+
+
+def test_a_restore_file_is_found_beside_the_checkpoints(tmp_path: Path, restored) -> None:
+    (tmp_path / "checkpoint_best.pt").touch()
+    trainer = SimpleNamespace(checkpoint_suffix="")
+    cfg = SimpleNamespace(restore_file="checkpoint_best.pt", save_dir=str(tmp_path))
+    checkpoint_utils.load_checkpoint(cfg, trainer)
+    assert restored[0].restore_file == str(tmp_path / "checkpoint_best.pt")
+    missing = SimpleNamespace(restore_file="nowhere.pt", save_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"neither nowhere\.pt nor"):
+        checkpoint_utils.load_checkpoint(missing, trainer)
+
+
+def test_a_folder_to_fine_tune_from_is_refused(tmp_path: Path, restored) -> None:
+    """It is passed over, and fairseq trains from scratch."""
+    (tmp_path / "file.pt").touch()
+    trainer = SimpleNamespace(checkpoint_suffix="")
+    cfg = SimpleNamespace(restore_file="checkpoint_last.pt", save_dir=str(tmp_path / "run"))
+    cfg.finetune_from_model = str(tmp_path / "file.pt")
+    checkpoint_utils.load_checkpoint(cfg, trainer)
+    cfg.finetune_from_model = str(tmp_path)
+    with pytest.raises(UserError, match=r"--finetune-from-model: .* is a folder"):
+        checkpoint_utils.load_checkpoint(cfg, trainer)
+    assert len(restored) == 1
+
+
+def test_a_restore_file_may_have_the_suffix_of_the_run(tmp_path: Path, restored) -> None:
+    (tmp_path / "checkpoint_best-shard0.pt").touch()
+    cfg = SimpleNamespace(restore_file="checkpoint_best.pt", save_dir=str(tmp_path))
+    checkpoint_utils.load_checkpoint(cfg, SimpleNamespace(checkpoint_suffix="-shard0"))
+    assert restored[0].restore_file == str(tmp_path / "checkpoint_best.pt")
+
+
+def test_a_run_that_is_done_stays_as_it_is(data_bin: Path, trained: Path, tmp_path: Path) -> None:
+    """Fairseq makes one update more, each time it is started."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    before = (run / "checkpoint_last.pt").read_bytes()
+    limits = ("--max-epoch", "9", "--max-update", "5", "--store-ema")
+    done = fairseq("train", *train_flags(data_bin, run, *limits))
+    assert "and --max-update is 5" in done.stdout + done.stderr
+    assert (run / "checkpoint_last.pt").read_bytes() == before
