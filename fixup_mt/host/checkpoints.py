@@ -26,8 +26,12 @@ from fixup_core.files import hold_folder, whole_file
 from fixup_mt.errors import UserError
 from fixup_mt.host.literals import shadow_eval
 from fixup_mt.host.patches import Patch, patch
+from fixup_mt.model.config import PREFIX, FixupOptions
 
 logger = logging.getLogger(__name__)
+
+BUILT_BY = ("method", "base_branches", "tied_output", "output_bias")
+"""Options of ours that a model is built by, and a checkpoint's weights may not show."""
 
 
 def load_checkpoints_safely() -> None:
@@ -108,13 +112,19 @@ def keep_archives_in_their_folder(original: Any) -> Any:
 
 
 @patch("fairseq.checkpoint_utils:load_checkpoint", "cfg trainer **passthrough_args")
-def go_on_with_the_optimizer(original: Any) -> Any:
-    """A file of weights alone is passed over: the run starts from scratch and overwrites it."""
+def go_on_as_it_was_begun(original: Any) -> Any:
+    """A file of weights alone is passed over: the run starts from scratch and overwrites it. Options
+    of ours that a checkpoint was not trained with go unseen where its weights fit all the same.
+    """
 
     def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
-        anew = cfg.save_dir is None or cfg.reset_optimizer or cfg.finetune_from_model
+        anew = cfg.save_dir is None or cfg.finetune_from_model
         if isinstance(trainer, Trainer) and not anew:
-            _check_optimizer(Path(cfg.save_dir, cfg.restore_file or ""), trainer)
+            file = _of_rank(str(Path(cfg.save_dir, cfg.restore_file or "")), trainer)
+            state = _state(file)
+            if not cfg.reset_optimizer:
+                _check_optimizer(file, state)
+            _check_method(file, state, trainer.cfg.model)
         return original(cfg, trainer, **passthrough_args)
 
     return load_checkpoint
@@ -182,21 +192,40 @@ def _restore_file(name: str, beside: Path, trainer: Any) -> str:
     raise UserError(f"--restore-file: neither {name} nor {beside} exists")
 
 
-def _check_optimizer(file: Path, trainer: Any) -> None:
-    """Raise unless ``file``, if it is there, holds what a run goes on with."""
-    file = _of_rank(str(file), trainer)
+def _state(file: Path) -> dict[str, Any]:
+    """What the file holds; nothing where it is not there."""
     if not file.is_file():
-        return
+        return {}
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:
-        return  # a damaged file is explained where fairseq loads it
-    if not state.get("last_optimizer_state"):
+        return {}  # a damaged file is explained where fairseq loads it
+
+
+def _check_optimizer(file: Path, state: dict[str, Any]) -> None:
+    """Raise unless the file holds what a run goes on with."""
+    if state and not state.get("last_optimizer_state"):
         raise UserError(
             f"{file} holds weights but no optimiser, so that no run can go on from it: start one "
             f"from its weights by --finetune-from-model {file} in another --save-dir, or add "
             "--reset-optimizer"
         )
+
+
+def _check_method(file: Path, state: dict[str, Any], model: Any) -> None:
+    """Raise where the file's model was built by other options of ours."""
+    saved = (state.get("cfg") or {}).get("model")
+    if saved is None or not hasattr(model, f"{PREFIX}method"):
+        return
+    there, here = FixupOptions.of(saved), FixupOptions.of(model)
+    for name in BUILT_BY:
+        was, now = getattr(there, name), getattr(here, name)
+        if was != now:
+            flag = f"--{(PREFIX + name).replace('_', '-')}"
+            raise UserError(
+                f"{file} was trained with {flag} {was}, not {now}: give what it was trained with, "
+                f"or start from its weights by --finetune-from-model {file} in another --save-dir"
+            )
 
 
 def _of_rank(path: str, trainer: Any) -> Path:
@@ -209,7 +238,7 @@ REPAIRS: tuple[Patch, ...] = (
     copy_checkpoints_atomically,
     save_once,
     # Each around the one before: the folder is held first, the file is found, then looked into.
-    go_on_with_the_optimizer,
+    go_on_as_it_was_begun,
     find_the_restore_file,
     stop_where_the_run_is_done,
     one_run_in_a_folder,

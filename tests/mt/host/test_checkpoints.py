@@ -77,3 +77,32 @@ def test_a_run_that_is_done_stays_as_it_is(data_bin: Path, trained: Path, tmp_pa
     done = fairseq("train", *train_flags(data_bin, run, *limits))
     assert "and --max-update is 5" in done.stdout + done.stderr
     assert (run / "checkpoint_last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "was", "now"),
+    [
+        ("method", "fixup", "fixup_no_factor"),
+        ("base_branches", 15.0, 4.0),
+        ("tied_output", "leave", "gain"),
+        ("output_bias", "auto", "none"),
+    ],
+)
+def test_a_run_goes_on_with_the_options_it_was_begun_with(name: str, was: Any, now: Any) -> None:
+    """Weights of another method may fit, and would go on without a word."""
+    file, key = Path("checkpoint_last.pt"), f"fixup_{name}"
+    own = SimpleNamespace(fixup_method="fixup_adam") if name != "method" else SimpleNamespace()
+    saved = SimpleNamespace(**vars(own) | {key: was})
+    state = {"cfg": {"model": saved}}
+    checkpoints._check_method(
+        file, state, SimpleNamespace(**{"fixup_method": "fixup"} | vars(saved))
+    )
+    asked = SimpleNamespace(**{"fixup_method": "fixup"} | vars(own) | {key: now})
+    flag = f"--fixup-{name.replace('_', '-')}"
+    with pytest.raises(UserError, match=f"was trained with {flag} {was}, not {now}: give what"):
+        checkpoints._check_method(file, state, asked)
+
+
+def test_models_of_fairseqs_own_have_no_such_options() -> None:
+    checkpoints._check_method(Path("x.pt"), {"cfg": {"model": SimpleNamespace()}}, object())
+    checkpoints._check_method(Path("x.pt"), {}, SimpleNamespace(fixup_method="fixup"))
