@@ -113,8 +113,8 @@ def keep_archives_in_their_folder(original: Any) -> Any:
 
 @patch("fairseq.checkpoint_utils:load_checkpoint", "cfg trainer **passthrough_args")
 def go_on_as_it_was_begun(original: Any) -> Any:
-    """A file of weights alone is passed over: the run starts from scratch and overwrites it. Options
-    of ours that a checkpoint was not trained with go unseen where its weights fit all the same.
+    """A file of weights alone is passed over: the run starts from scratch and overwrites it. And
+    options of ours that a checkpoint was not trained with go unseen where its weights fit.
     """
 
     def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
