@@ -90,6 +90,10 @@ def load(args: argparse.Namespace) -> Any:
             f"{args.model} holds an ONNX export, and translate takes CTranslate2's: export the "
             "checkpoint with --format ctranslate2"
         )
+    if args.model.is_file():
+        raise UserError(
+            f"{args.model} is a file: give the folder that python -m fixup_mt export wrote"
+        )
     if not (args.model / "model.bin").is_file():
         raise UserError(
             f"{args.model} holds no exported model: python -m fixup_mt export writes one"
