@@ -105,4 +105,5 @@ def _shortened(message: str) -> str:
         return f"there is no data module {wrong[1]}; {hint}"
     lines = [line.strip(" -") for line in message.splitlines()]
     refused = [line for line in lines if line.startswith("Option '")]
-    return one_line(refused[0] if refused else " ".join(lines))
+    said = one_line(refused[0] if refused else " ".join(lines))
+    return said.replace("a <class 'collections.abc.Sequence'>", "a list, as '[1,2]'")
