@@ -25,8 +25,9 @@ try:
 except ModuleNotFoundError:  # Windows
     fcntl = None
 
-PREFIX = ".tmp-"
-"""Before the name of what is not whole yet: endings stay, for writers that go by them."""
+PREFIX = ".tmp-."
+"""Before the name of what is not whole yet: endings stay, for writers that go by them. A name whose
+only dot is its first one would be no name to ``torch.save``, hence the second."""
 LOCK = ".lock"
 _held: dict[Path, TextIO] = {}
 """The locks of this process, open for as long as it lives."""

@@ -35,7 +35,7 @@ class Run:
     """What a run's log holds.
 
     Attributes:
-        name: Of its folder.
+        name: Of its folder, with those above it as far as the runs compared need.
         metrics: Name of the metric, epoch, value; a run that went on overwrites what it repeated.
     """
 
@@ -52,13 +52,13 @@ class Run:
         return Curve(name, [(epoch + 1, value) for epoch, value in points])
 
 
-def read_run(folder: Path) -> Run:
-    """The metrics of a run, by epoch.
+def read_run(folder: Path, name: str = "") -> Run:
+    """The metrics of a run, by epoch, under ``name`` or that of its folder.
 
     Raises:
         UserError: The folder holds none.
     """
-    run = Run(folder.name)
+    run = Run(name or folder.name)
     files = [file for kind in ("metrics", "test") for file in _logs(folder / kind)]
     for file in files:
         try:
@@ -87,7 +87,7 @@ def compare(runs: Sequence[Path], output: Path) -> None:
         output: The figure.
     """
     check_figure_file(output)
-    found = [read_run(folder) for folder in runs]
+    found = [read_run(*one) for one in zip(runs, distinct_names(runs), strict=True)]
     print(TABLE.format("run", "epochs", "train loss", "val accuracy", "test accuracy"))
     for run in found:
         best = max(run.metrics.get("val/accuracy", {0: float("nan")}).values())
@@ -103,6 +103,17 @@ def compare(runs: Sequence[Path], output: Path) -> None:
         output,
     )
     print(f"figure: {output}")
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The ends of the paths, as short as they can be told apart by; a folder given twice stays."""
+    paths = [folder.resolve() for folder in folders]
+    longest = max(len(path.parts) for path in paths)
+    for length in range(1, longest + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
 
 
 def _logs(folder: Path) -> list[Path]:

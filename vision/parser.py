@@ -33,9 +33,7 @@ class Parser(LightningArgumentParser):
             return ""
         name = (wrong[1] or f"--data.{wrong[2]}").split("=")[0]
         if wrong[2] and name in self._options():
-            return (
-                f"; give --data before {name}, and check that it has the option (--data.help NAME)"
-            )
+            return _owners(name)
         options = sorted(self._options() - {name, "--help"})
         same = [option for option in options if option.split(".")[-1] == name.lstrip("-")]
         if same:
@@ -50,9 +48,7 @@ class Parser(LightningArgumentParser):
             parsers += (getattr(action, "choices", None) and _parsers(action.choices)) or []
         found = {name for parser in parsers for name in parser._option_string_actions}
         modules = [VisionData, *_subclasses(VisionData)]
-        return found | {
-            f"--data.{name}" for cls in modules for name in inspect.signature(cls).parameters
-        }
+        return found | {f"--data.{name}" for cls in modules for name in _parameters(cls)}
 
 
 def _parsers(choices: Any) -> list[Any]:
@@ -63,6 +59,27 @@ def _parsers(choices: Any) -> list[Any]:
 def _subclasses(cls: type) -> list[type]:
     direct: list[type] = cls.__subclasses__()
     return direct + [below for one in direct for below in _subclasses(one)]
+
+
+def _owners(option: str) -> str:
+    """Which data modules an option of some belongs to."""
+    name = option.removeprefix("--data.")
+    if name in _parameters(VisionData):
+        return f"; give --data before {option}"
+    modules = [cls for cls in _subclasses(VisionData) if cls is not TensorData]
+    having = ", ".join(sorted(cls.__name__ for cls in modules if name in _parameters(cls)))
+    return f" by these data: it is an option of {having}; give --data before it"
+
+
+def _parameters(cls: type) -> set[str]:
+    """Of a class and of those that it passes further options on to."""
+    found: set[str] = set()
+    for above in cls.__mro__:
+        parameters = inspect.signature(above).parameters.values()
+        found |= {one.name for one in parameters}
+        if all(one.kind is not one.VAR_KEYWORD for one in parameters):
+            break
+    return found
 
 
 def _why_not(path: str, message: str) -> str:
@@ -88,4 +105,5 @@ def _shortened(message: str) -> str:
         return f"there is no data module {wrong[1]}; {hint}"
     lines = [line.strip(" -") for line in message.splitlines()]
     refused = [line for line in lines if line.startswith("Option '")]
-    return one_line(refused[0] if refused else " ".join(lines))
+    said = one_line(refused[0] if refused else " ".join(lines))
+    return said.replace("a <class 'collections.abc.Sequence'>", "a list, as '[1,2]'")

@@ -44,6 +44,8 @@ TOLERANCE = 1e-3
 """Of the log-probability of a piece, in float32."""
 PIECES_CHECKED = 24
 SENTENCEPIECE = "sentencepiece.model"
+KEPT = {"encoder_layers_to_keep", "decoder_layers_to_keep"}
+"""Options of fairseq's pruning."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,12 @@ def load(
     if not data_bin.is_dir():
         raise UserError(f"{data_bin} does not exist: give the folder of fairseq-preprocess")
     task = _task(checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))["cfg"]["task"], data_bin)
+    kept = KEPT & set(overrides or {})
+    if len(kept) == 1 and isinstance(task, TranslationTask):
+        raise UserError(
+            f"--model-overrides has {kept.pop()} alone, and fairseq would drop all layers of the "
+            f"other side: give {' and '.join(sorted(KEPT))}"
+        )
     # In float32, whatever it was trained in.
     exact = {"fixup_autocast": "none", "checkpoint_activations": False}
     models, _, _ = checkpoint_utils.load_model_ensemble_and_task(

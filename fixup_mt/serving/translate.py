@@ -26,6 +26,7 @@ from fixup_mt.errors import UserError
 from fixup_mt.host.jobs import cores
 from fixup_mt.serving.ctranslate2_model import MAX_SOURCE, MAX_TARGET
 from fixup_mt.serving.export import SENTENCEPIECE
+from fixup_mt.serving.onnx_model import FILES as ONNX_FILES
 
 LINES = 1024
 """Read at a time, and sorted by length for the engine."""
@@ -84,6 +85,15 @@ def load(args: argparse.Namespace) -> Any:
         import ctranslate2
     except ModuleNotFoundError as error:
         raise UserError("this wants CTranslate2: pip install ctranslate2") from error
+    if (args.model / ONNX_FILES[0]).is_file():
+        raise UserError(
+            f"{args.model} holds an ONNX export, and translate takes CTranslate2's: export the "
+            "checkpoint with --format ctranslate2"
+        )
+    if args.model.is_file():
+        raise UserError(
+            f"{args.model} is a file: give the folder that python -m fixup_mt export wrote"
+        )
     if not (args.model / "model.bin").is_file():
         raise UserError(
             f"{args.model} holds no exported model: python -m fixup_mt export writes one"

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fixup_core.errors import UserError
 from fixup_core.files import (
@@ -34,6 +35,15 @@ def test_a_file_is_replaced_when_its_successor_is_whole(tmp_path: Path) -> None:
         temporary.write_text("second")
         assert temporary.suffix == ".txt" and file.read_text() == "first"
     assert file.read_text() == "second" and _names(file.parent) == ["file.txt"]
+
+
+@pytest.mark.parametrize("name", ["model", ".model", "a.b/model", "..."])
+def test_torch_saves_under_any_name(tmp_path: Path, name: str) -> None:
+    """It takes no file whose name is empty up to the last dot."""
+    file = tmp_path / name
+    with whole_file(file) as temporary:
+        torch.save({"weight": torch.ones(2)}, temporary)
+    assert torch.load(file)["weight"].sum() == 2 and _names(file.parent) == [file.name]
 
 
 def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:

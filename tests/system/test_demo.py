@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from sacrebleu.metrics import BLEU
 
+from fixup_core.files import PREFIX
 from fixup_mt.__main__ import main
 from fixup_mt.errors import UserError
 from fixup_mt.host.jobs import Job, run_jobs
@@ -73,7 +74,7 @@ def test_the_demo_prints_a_table_and_ten_translations(finished: tuple[Path, str]
 def test_only_what_is_missing_is_done_again(finished: tuple[Path, str]) -> None:
     output, _ = finished
     (output / "layernorm" / "translations.txt").unlink()
-    (output / ".tmp-pieces").mkdir()
+    (output / f"{PREFIX}pieces").mkdir()
     before = {name: modified(output / name) for name in (*STEPS, "fixup")}
     status, said, complained = demo(output)
     assert status == 0, complained

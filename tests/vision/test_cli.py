@@ -258,6 +258,14 @@ def test_an_option_of_the_data_wants_the_data_before_it(capsys) -> None:
     assert "give --data before --data.batch_size" in capsys.readouterr().err
 
 
+def test_an_option_that_the_data_lack_names_those_that_have_it(capsys) -> None:
+    with pytest.raises(SystemExit):
+        VisionCLI(["fit", "--data", "Digits", "--data.root", "photos"])
+    error = capsys.readouterr().err
+    assert "'root' is not accepted by these data: it is an option of CIFAR10" in error
+    assert "ImageFolderData" in error and "Digits" not in error
+
+
 def test_the_command_ends_a_mistake_in_one_line_and_status_2(tmp_path: Path) -> None:
     run = _start(tmp_path, "--ckpt_path", str(tmp_path / "nothing.ckpt"))
     output, _ = run.communicate(timeout=120)

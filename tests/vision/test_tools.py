@@ -16,7 +16,7 @@ from fixup_core.errors import UserError
 from fixup_core.results import Table, parse_options
 from tests.conftest import ROOT
 from vision.cli import VisionCLI
-from vision.compare import compare, read_run
+from vision.compare import compare, distinct_names, read_run
 from vision.data import Digits
 from vision.export import export
 from vision.nets import build_net
@@ -145,6 +145,18 @@ def test_lesion_and_comparison_of_a_finished_run(tmp_path: Path, capsys) -> None
     compare([run, run], tmp_path / "both.png")
     assert capsys.readouterr().out.count("run                ") == 3
     assert (tmp_path / "both.png").stat().st_size > 5000
+
+
+def test_runs_of_one_name_are_told_apart_by_the_folders_above(tmp_path: Path) -> None:
+    for runs, names in (
+        (["a/x", "a/y"], ["x", "y"]),
+        (["a/x", "b/x"], ["a/x", "b/x"]),
+        (["a/x/1", "b/x/1", "b/y/1"], ["a/x/1", "b/x/1", "b/y/1"]),
+        (["a/x", "a/x"], ["x", "x"]),
+        (["a/b/..", "c"], ["a", "c"]),
+    ):
+        assert distinct_names([tmp_path / run for run in runs]) == names
+    assert distinct_names([Path(), tmp_path])[0] == Path.cwd().name
 
 
 @pytest.mark.parametrize("method", ["fixup", "batchnorm"])

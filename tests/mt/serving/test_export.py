@@ -358,6 +358,7 @@ def test_a_closed_stdin_is_one_line(served: Path, monkeypatch, capsys) -> None:
     ("flags", "says"),
     [
         (["--model", "nowhere"], "nowhere holds no exported model"),
+        (["--model", __file__], "is a file: give the folder"),
         (["--input", "nothing.txt"], "nothing.txt does not exist"),
         (["--compute-type", "int3"], "CTranslate2 cannot load"),
         (["--beam", "0"], "--beam must be at least 1"),
@@ -398,6 +399,10 @@ def test_a_trained_checkpoint_is_exported_by_the_command(
         (["--output", "x", "--format", "fairseq", "--quantization", "int8"], "belongs to --format"),
         (["--output", "x", "--model-overrides", "{bad"], "'{bad' is not a Python literal"),
         (["--output", "x", "--model-overrides", "3"], "'3': give a dictionary"),
+        (
+            ["--output", "x", "--model-overrides", "{'decoder_layers_to_keep': '0'}"],
+            "has decoder_layers_to_keep alone",
+        ),
     ):
         assert main([*line, *flags]) == 2
         assert says in capsys.readouterr().err
