@@ -87,8 +87,8 @@ def fixup_(
         UserError: There is no branch, or one of one weight layer, with branches in it, with layers
             side by side, or that is used elsewhere; a weight is used twice; a parameter that would
             be written is frozen, or no rule covers it; a parametrised weight cannot take every
-            value (spectral norm's); the network cannot be traced; the method has norms. The network
-            is as it was.
+            value (spectral norm's); the network cannot be traced; the method has norms, or needs
+            multipliers where a branch can have none. The network is as it was.
     """
     method = check_defined(
         method_named(method),
@@ -108,6 +108,7 @@ def fixup_(
         else:
             plan = declared_plan(net, branches, head, norm_types, keep_norms)
         plan.check(net)
+        _check_multipliers(method, plan)
         written = {id(net.get_parameter(name)) for name in plan.written()}
         for module in parametrised:
             module.check(written)
@@ -140,6 +141,16 @@ def _check_calibration(method: Method, example_inputs: Inputs | None, keep_norms
         raise UserError(
             "calibrate=True starts multipliers at the size of what enters their branches; those of "
             f"the method {method.name!r} start at 0"
+        )
+
+
+def _check_multipliers(method: Method, plan: ConversionPlan) -> None:
+    """Raise where the method lives by multipliers and a branch can have none."""
+    bare = [b.layers[-1].weight for b in plan.branches if not b.layers[-1].unit]
+    if bare and (method.depth_rule() or method.multiplier == 0):
+        raise UserError(
+            f"the method {method.name!r} needs a multiplier behind every branch, and {bare[0]} is "
+            "used by a function: make it a module's, or take the method 'fixup'"
         )
 
 
