@@ -113,6 +113,19 @@ def plain_weights(net: nn.Module) -> Iterator[list[Parametrised]]:
         one.give_(values)
 
 
+def plain_copy(net: nn.Module) -> nn.Module:
+    """A copy of ``net`` that computes the same, from ordinary weights.
+
+    PyTorch's ``remove_parametrizations`` on a copy would take the original's weights too: both have
+    one class.
+    """
+    plain = copy.deepcopy(net)
+    for path, module in list(plain.named_modules()):
+        if is_parametrized(module):
+            Parametrised(path, module).off_()
+    return plain
+
+
 @torch.no_grad()
 def _give_(parts: Any, value: Tensor, weight: str) -> None:
     """Set the parameters of a parametrisation so that it computes ``value``."""

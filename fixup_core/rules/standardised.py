@@ -7,7 +7,6 @@ gain. It is a parametrisation of PyTorch's, so that
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -54,12 +53,3 @@ def is_standardised(module: nn.Module, weight: str = "weight") -> bool:
 def standardised(net: nn.Module) -> Iterator[Standardised]:
     """The standardisations within a network."""
     return (module for module in net.modules() if isinstance(module, Standardised))
-
-
-def without_standardisation(net: nn.Module) -> nn.Module:
-    """A copy of ``net`` that computes the same, from plain weights."""
-    plain = copy.deepcopy(net)
-    for module in list(plain.modules()):
-        if is_standardised(module):
-            parametrize.remove_parametrizations(module, "weight")
-    return plain

@@ -201,10 +201,13 @@ class ResNet(Network):
         """The plain network of ``fixup_core.fuse.fold``.
 
         Raises:
-            UserError: A method without scalars, or another activation than ReLU.
+            UserError: A method without scalars or with standardised weights, or another activation
+                than ReLU.
         """
         if not self.fusable():
-            raise UserError("only networks with Fixup's scalars and ReLU can be folded")
+            raise UserError(
+                "only networks with Fixup's scalars, plain weights and ReLU can be folded"
+            )
         blocks = self.blocks()
         biases = self._input_biases(blocks)
         folded = [b.folded(*pair) for b, pair in zip(blocks, pairwise(biases), strict=True)]
