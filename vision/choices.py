@@ -9,6 +9,9 @@ from fixup_core.errors import UserError
 from vision.nets import is_class_path
 from vision.training.checkpoints import read_checkpoint
 
+DECISIVE = ("net", "method", "base_branches", "options")
+"""Of a network's options, those that are named where a checkpoint has others."""
+
 
 def choose_checkpoint(options: Any, command: str) -> None:
     """``best`` and ``last`` are those of the run's folder, for every command; all but fit take
@@ -68,7 +71,7 @@ def take_options(options: Any) -> tuple[str, ...]:
     for name, value in trained.items():
         if name in options.model:
             options.model[name] = value
-    changed = [name for name in ("net", "method", "options") if trained.get(name) != before[name]]
+    changed = [name for name in DECISIVE if trained.get(name) != before[name]]
     if changed:
         said = ", ".join(f"{name} {options.model[name]}" for name in changed)
         print(f"taken from the checkpoint: {said}")

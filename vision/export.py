@@ -25,6 +25,7 @@ from fixup_core.fuse.exports import (
 )
 from fixup_core.fuse.fold import fold
 from fixup_core.fuse.onnx_file import write_onnx
+from fixup_core.rules.parametrised import plain_copy
 from vision.nets import image_of, net_options
 from vision.training.lit_classifier import load_classifier
 
@@ -89,9 +90,9 @@ def name_classes(file: Path, classes: Sequence[str]) -> None:
 
 
 def plain_network(net: Any) -> nn.Module:
-    """The network in evaluation; without scalars where they can be folded."""
+    """The network in evaluation; without scalars where they can be folded, of plain weights."""
     fusable = getattr(net, "fusable", None)
-    plain = fold(net) if fusable and fusable() else net.eval()
+    plain = fold(net) if fusable and fusable() else plain_copy(net).eval()
     return plain.to(memory_format=torch.contiguous_format)
 
 

@@ -22,6 +22,7 @@ from fixup_core.rules.branches import (
 )
 from fixup_core.rules.frozen import RemovedNorm, frozen_norms
 from fixup_core.rules.method import Method
+from fixup_core.rules.placed import placed_constants
 from fixup_core.rules.scalars import scalars
 from fixup_core.rules.standards import HE_PER_GROUP, XAVIER_UNIFORM
 
@@ -116,5 +117,5 @@ def _attach_scalars_(net: nn.Module, plan: ConversionPlan, method: Method) -> No
     for path in plan.after if method.biases else ():
         attach_after_(net.get_submodule(path))
     device = next(net.parameters()).device
-    for added in (*scalars(net), *frozen_norms(net)):
+    for added in (*scalars(net), *placed_constants(net), *frozen_norms(net)):
         added.to(device)

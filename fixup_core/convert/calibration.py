@@ -9,6 +9,7 @@ ReLU all inputs are positive, and the mean they share would make up most of ever
 A branch whose input is divided by a number has it back behind its last layer: its multiplier starts
 there. So what the branch learns is in proportion to the signal it is added to. With a multiplier of
 1 a small signal (embeddings of size 0.1) would be outgrown at once by branches that magnify it.
+A method's fixed number on its branches stands before that multiplier, and stays what it is.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from fixup_core.rules.init import initialise_
 from fixup_core.rules.method import Method
 from fixup_core.rules.methods import check_defined, method_named
 from fixup_core.rules.parametrised import plain_weights
+from fixup_core.rules.placed import placed_constants
 from fixup_core.rules.report import ConversionReport, ConvertedBranch, InitReport
 from fixup_core.rules.scalars import scalars
 from fixup_core.rules.standards import NORMS
@@ -59,7 +60,9 @@ def fixup_(
         example_inputs: A batch as the network takes it: a tensor, a tuple of arguments or a mapping
             of named ones. The network is traced with it, in training mode, without computing a
             number.
-        method: A name in ``METHODS``, or a record, without norms: "fixup" or an ablation of it.
+        method: A name in ``METHODS``, or a record, without norms: "fixup" or an ablation of it,
+            "fixup_adam" (``METHODS["fixup_adam"].with_base(c)``), "fixup_complete", "skipinit",
+            "rezero". Differs: with ReZero every branch has a multiplier of its own.
         branches: For each branch the paths of its weight layers in order, in place of tracing:
             ``{"block1": ["block1.conv1", "block1.conv2"]}``. A network whose modules have
             ``residual_branches()`` needs neither.
@@ -84,8 +87,8 @@ def fixup_(
         UserError: There is no branch, or one of one weight layer, with branches in it, with layers
             side by side, or that is used elsewhere; a weight is used twice; a parameter that would
             be written is frozen, or no rule covers it; a parametrised weight cannot take every
-            value (spectral norm's); the network cannot be traced; the method has norms. The network
-            is as it was.
+            value (spectral norm's); the network cannot be traced; the method has norms, or needs
+            multipliers where a branch can have none. The network is as it was.
     """
     method = check_defined(
         method_named(method),
@@ -105,6 +108,7 @@ def fixup_(
         else:
             plan = declared_plan(net, branches, head, norm_types, keep_norms)
         plan.check(net)
+        _check_multipliers(method, plan)
         written = {id(net.get_parameter(name)) for name in plan.written()}
         for module in parametrised:
             module.check(written)
@@ -133,6 +137,21 @@ def _check_calibration(method: Method, example_inputs: Inputs | None, keep_norms
             "calibrate=True sets scalar biases and multipliers; the method "
             f"{method.name!r} lacks one of them"
         )
+    if not method.multiplier:
+        raise UserError(
+            "calibrate=True starts multipliers at the size of what enters their branches; those of "
+            f"the method {method.name!r} start at 0"
+        )
+
+
+def _check_multipliers(method: Method, plan: ConversionPlan) -> None:
+    """Raise where the method lives by multipliers and a branch can have none."""
+    bare = [b.layers[-1].weight for b in plan.branches if not b.layers[-1].unit]
+    if bare and (method.depth_rule() or method.multiplier == 0):
+        raise UserError(
+            f"the method {method.name!r} needs a multiplier behind every branch, and {bare[0]} is "
+            "used by a function: make it a module's, or take the method 'fixup'"
+        )
 
 
 def _kept(net: nn.Module, written: set[int]) -> list[nn.Parameter]:
@@ -151,6 +170,7 @@ def _report(
     head = [layer.weight for layer in plan.head] if method.zero_head else []
     tied = [name for name in head if names[id(net.get_parameter(name))] in kept]
     notes = [f"{name} is an embedding too and cannot be 0: it stays" for name in tied]
+    notes += _on_branches(net, method)
     frozen = plan.freezable() if calibrate else ()
     if calibrate and not frozen:
         notes.append(
@@ -166,6 +186,15 @@ def _report(
         notes=(*plan.notes, *notes),
         init=init,
     )
+
+
+def _on_branches(net: nn.Module, method: Method) -> list[str]:
+    """What is said of fixed multipliers, and of learnt ones that start at 0."""
+    numbers = {constant.value().item() for constant in placed_constants(net)}
+    notes = [f"every branch is multiplied by the fixed number {number:.4g}" for number in numbers]
+    if method.multiplier == 0:
+        notes.append("every branch has a multiplier that starts at 0, and learns")
+    return notes
 
 
 def _converted(net: nn.Module, plan: ConversionPlan, method: Method) -> tuple[ConvertedBranch, ...]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fixup_core.errors import UserError
+from fixup_core.rules.standardised import is_standardised
 from fixup_core.rules.standards import Standard
 
 INSIDE_SOFTMAX = frozenset({"query", "key"})
@@ -54,7 +55,11 @@ class WeightLayer:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The weight; of a parametrised one what it computes."""
+        """The weight, which is drawn; of a standardised one that which is standardised, of another
+        parametrised one what it computes.
+        """
+        if is_standardised(self.module, self.weight):
+            return self.module.get_parameter(f"parametrizations.{self.weight}.original")
         return getattr(self.module, self.weight)
 
     @property

@@ -38,7 +38,7 @@ def product_factor(place: Place) -> float:
 
 
 def complete_factor(place: Place) -> float:
-    """``L ** (-1 / m)``, m of the product."""
+    """``complete_scale``, with the m of the product."""
     return complete_scale(place.num_branches, place.branch.factors)
 
 

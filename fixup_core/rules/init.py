@@ -33,6 +33,7 @@ from fixup_core.rules.parametrised import plain_weights
 from fixup_core.rules.placed import channel_multipliers, placed_constants
 from fixup_core.rules.report import InitReport, Row
 from fixup_core.rules.scalars import scalars
+from fixup_core.rules.standardised import standardised
 from fixup_core.rules.standards import (
     CONVOLUTIONS,
     HE_NORMAL,
@@ -267,9 +268,15 @@ class _InitPlan:
                 f"{type(self.net).__name__} declares no residual branch: "
                 "give its blocks a residual_branches() method"
             )
+        if self.method.depth_rule() and not any(placed_constants(self.net)):
+            raise UserError(
+                f"{type(self.net).__name__} has no fixed multipliers, which the method "
+                f"{self.method.name!r} puts on its branches: build it by "
+                "Method.branch_multiplier(), or convert it by fixup_"
+            )
         for scalar in scalars(self.net):
             self._constant(scalar.weight, "scalar", scalar.initial_weight(), scalar.initial)
-        for gain in gains:
+        for gain in (*gains, *(part.gain for part in standardised(self.net))):
             self._constant(gain, "gain", 1.0, 1.0)
         for place in self.places:
             self._add_vectors(place)

@@ -56,6 +56,9 @@ class Method:
         depth_power: Branches are multiplied by the fixed number ``(c / L) ** depth_power``, c the
             ``base_branches``; ``None``: by none.
         base_branches: c, the residual branches of the network at which the rate was tuned.
+        branch_scale: Branches are multiplied by this fixed number, at any depth, and what enters
+            one is divided by the standard deviation that the sum of the branches before it has if
+            each has a variance of 1; ``None``: neither.
         channel_multiplier: Start of a learnable vector on every branch; ``None``: there is none.
         shortcut: A number on the shortcut; ``None``: none.
         learned_shortcut: That number is the start of a learnable vector.
@@ -65,6 +68,10 @@ class Method:
         norm_on_sum: In Transformers the norm stands behind the addition, not on the branch's input.
         norm_scale: A fixed number on the norm's output; ``None``: none.
         zero_last_gains: The norm that ends a branch starts with a gain of 0.
+        standardised: The weights of convolutions are standardised, behind a learned gain.
+        unit_activations: Activations are multiplied by what keeps a variance of 1.
+        preactivation: In ResNets it is defined for pre order and projections alone.
+        decays_vectors: Weight decay is for gains, bias vectors and scalars too.
         unit_variance: Every layer is divided by the standard deviation of its output on a batch,
             so that the initialisation takes one.
         needs_branches: It is defined for networks with residual branches alone.
@@ -86,6 +93,7 @@ class Method:
     shared_multiplier: bool = False
     depth_power: float | None = None
     base_branches: float = BASE_BRANCHES
+    branch_scale: float | None = None
     channel_multiplier: Rule | None = None
     shortcut: Rule | None = None
     learned_shortcut: bool = False
@@ -94,6 +102,10 @@ class Method:
     norm_on_sum: bool = False
     norm_scale: Rule | None = None
     zero_last_gains: bool = False
+    standardised: bool = False
+    unit_activations: bool = False
+    preactivation: bool = False
+    decays_vectors: bool = True
     unit_variance: bool = False
     needs_branches: bool = False
     only: str = ""
@@ -111,7 +123,8 @@ class Method:
     @property
     def foldable(self) -> bool:
         """Whether all that it adds goes into the weights when training is over."""
-        return self.norm is None and self.shortcut is None
+        plain = self.norm is None and self.shortcut is None
+        return plain and not (self.standardised or self.unit_activations)
 
     def with_base(self, branches: float | None) -> Method:
         """The same, its learning rate tuned at a network of so many residual branches.
@@ -133,6 +146,8 @@ class Method:
 
     def depth_rule(self) -> Rule | None:
         """The fixed number on every branch."""
+        if self.branch_scale is not None:
+            return partial(_constant, number=self.branch_scale)
         if self.depth_power is None:
             return None
         return partial(_constant_at, base=self.base_branches, power=self.depth_power)
@@ -191,6 +206,10 @@ class Method:
             shortcut=shortcut,
             norm=norm,
         )
+
+
+def _constant(place: Place, number: float) -> float:
+    return number
 
 
 def _constant_at(place: Place, base: float, power: float) -> float:

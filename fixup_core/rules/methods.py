@@ -26,7 +26,8 @@ from fixup_core.rules.factors import (
     t_fixup_factor,
 )
 from fixup_core.rules.method import Method
-from fixup_core.rules.standards import HE_NORMAL, ORTHOGONAL, XAVIER_NORMAL
+from fixup_core.rules.scaling import NF_BRANCH_SCALE
+from fixup_core.rules.standards import HE_NORMAL, LECUN_NORMAL, ORTHOGONAL, XAVIER_NORMAL
 
 RESNETS, TRANSFORMERS = "ResNets", "Transformers"
 PAPER = "Zhang, Dauphin, Ma 2019"
@@ -156,6 +157,22 @@ _RIVALS = (
         multiplier=0.0,
         shared_multiplier=True,
         needs_branches=True,
+    ),
+    _plain(
+        "nf",
+        "no normalisation: standardised weights, branches of a known variance, gains at 0",
+        "Brock et al. 2021 (NF-ResNets)",
+        differs="the classifier as PyTorch draws it; a gain at 0 learns at the scalars' rate; no "
+        "stochastic depth",
+        standard=LECUN_NORMAL,
+        multiplier=0.0,
+        branch_scale=NF_BRANCH_SCALE,
+        standardised=True,
+        unit_activations=True,
+        preactivation=True,
+        decays_vectors=False,
+        needs_branches=True,
+        only=RESNETS,
     ),
     _plain(
         "t_fixup",

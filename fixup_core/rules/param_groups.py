@@ -46,8 +46,10 @@ def param_groups(
     scalar_lr_ratio: float = SCALAR_LR_RATIO,
     weight_decay: float = 0.0,
     scalar_weight_decay: float | None = None,
+    decay_vectors: bool = True,
 ) -> list[dict[str, Any]]:
-    """Two optimiser groups that partition the trainable parameters: weights, then scalars.
+    """Optimiser groups that partition the trainable parameters: weights, then scalars; a third
+    one of vectors where these are not to decay.
 
     Args:
         net: Its scalars are found by type and should be in the direct form.
@@ -56,14 +58,21 @@ def param_groups(
         weight_decay: Of the weights.
         scalar_weight_decay: Of the scalars; ``None`` takes ``weight_decay``, as the authors'
             code does.
+        decay_vectors: Whether weight decay is for gains and bias vectors too, and for scalars
+            whose decay is ``None`` (``Method.decays_vectors``).
     """
     scalar_ids = {id(scalar.weight) for scalar in scalars(net)}
     trainable = [p for p in net.parameters() if p.requires_grad]
-    decay = weight_decay if scalar_weight_decay is None else scalar_weight_decay
-    return [
+    decay = scalar_weight_decay
+    if decay is None:
+        decay = weight_decay if decay_vectors else 0.0
+    others = [p for p in trainable if id(p) not in scalar_ids]
+    vectors = [] if decay_vectors else [p for p in others if p.dim() <= 1]
+    apart = {id(p) for p in vectors}
+    groups = [
         {
             "name": "weights",
-            "params": [p for p in trainable if id(p) not in scalar_ids],
+            "params": [p for p in others if id(p) not in apart],
             "lr": lr,
             "weight_decay": weight_decay,
         },
@@ -74,3 +83,6 @@ def param_groups(
             "weight_decay": decay,
         },
     ]
+    if vectors:
+        groups.append({"name": "vectors", "params": vectors, "lr": lr, "weight_decay": 0.0})
+    return groups

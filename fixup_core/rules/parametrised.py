@@ -2,7 +2,8 @@
 while rules are applied to them.
 
 The rules write weights. A parametrised weight is computed from other parameters, so its
-parametrisation has to find those that give what is written (``right_inverse``).
+parametrisation has to find those that give what is written (``right_inverse``). Weights that a
+method standardises stay as they are: there the rules draw what is standardised.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized
 
 from fixup_core.errors import UserError, one_line
+from fixup_core.rules.standardised import is_standardised
 
 
 class Parametrised:
@@ -93,7 +95,11 @@ def plain_weights(net: nn.Module) -> Iterator[list[Parametrised]]:
     After it they are computed again, from parameters that give what has been written. Where
     something is raised, they are computed from the parameters that were there.
     """
-    found = [Parametrised(p, m) for p, m in net.named_modules() if is_parametrized(m)]
+    found = [
+        Parametrised(path, module)
+        for path, module in net.named_modules()
+        if is_parametrized(module) and not is_standardised(module)
+    ]
     for one in found:
         one.off_()
     try:
@@ -105,6 +111,19 @@ def plain_weights(net: nn.Module) -> Iterator[list[Parametrised]]:
     written = [one.on_() for one in found]
     for one, values in zip(found, written, strict=True):
         one.give_(values)
+
+
+def plain_copy(net: nn.Module) -> nn.Module:
+    """A copy of ``net`` that computes the same, from ordinary weights.
+
+    PyTorch's ``remove_parametrizations`` on a copy would take the original's weights too: both have
+    one class.
+    """
+    plain = copy.deepcopy(net)
+    for path, module in list(plain.named_modules()):
+        if is_parametrized(module):
+            Parametrised(path, module).off_()
+    return plain
 
 
 @torch.no_grad()

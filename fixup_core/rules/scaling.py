@@ -118,6 +118,15 @@ def layer_scale_start(layers: int) -> float:
     return 1e-5 if layers <= 24 else 1e-6
 
 
+NF_BRANCH_SCALE = 0.2
+"""Alpha of norm-free ResNets (Brock et al. 2021)."""
+
+
+def lecun_std(fan_in: int) -> float:
+    """Standard deviation that keeps the variance of what a linear layer sees."""
+    return fan_in**-0.5
+
+
 def he_std(fan: int) -> float:
     """Standard deviation of He initialisation over a fan (He et al. 2015, equations 10 and 14).
 

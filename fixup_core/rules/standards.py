@@ -68,6 +68,10 @@ def _he_per_group(weight: Tensor, module: nn.Module) -> float:
     return scaling.he_std(fans(weight, module)[1] // groups)
 
 
+def _lecun(weight: Tensor, module: nn.Module) -> float:
+    return scaling.lecun_std(fans(weight, module)[0])
+
+
 def _torch_default(weight: Tensor, module: nn.Module) -> float:
     return scaling.torch_default_std(fans(weight, module)[0])
 
@@ -90,6 +94,7 @@ XAVIER_UNIFORM = Standard("Xavier uniform", _xavier, "uniform")
 PACKED_XAVIER_UNIFORM = Standard("Xavier uniform, packed q/k/v", _xavier_packed, "uniform")
 """The fan of one packed ``3d x d`` matrix of queries, keys and values, as in the authors' code:
 the bound is ``sqrt(6 / (3d + d))`` where separate matrices have ``sqrt(6 / 2d)``."""
+LECUN_NORMAL = Standard("LeCun normal", _lecun)
 XAVIER_NORMAL = Standard("Xavier normal", _xavier)
 TORCH_DEFAULT = Standard("PyTorch default", _torch_default, "uniform")
 ORTHOGONAL = Standard("orthonormal", _orthogonal, "orthogonal")

@@ -109,11 +109,12 @@ def test_the_checkpoint_says_what_network_is_tested(tmp_path: Path) -> None:
         ("--trainer.precision", "bf16-mixed"),
         ("--trainer.gradient_clip_val", "1.0"),
         ("--seed_everything", "7"),
+        ("--model.base_branches", "4.0"),
     ],
     ids=lambda changed: changed[0],
 )
 def test_a_run_goes_on_under_its_own_conditions(changed: tuple[str, str], tmp_path: Path) -> None:
-    one = ("--trainer.limit_train_batches", "1")
+    one = ("--trainer.limit_train_batches", "1", "--model.method", "fixup_adam")
     run("fit", tmp_path, *on_digits(*one))
     with pytest.raises(UserError, match=rf"started with {changed[0]} \S+, not {changed[1]}"):
         run("fit", tmp_path, *on_digits(*one, *changed), "--ckpt_path", "last")

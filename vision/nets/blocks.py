@@ -22,8 +22,8 @@ from fixup_core.rules.standards import NORMS
 from vision.nets.design import ORDERS, Design, make_shortcut
 from vision.nets.folded import FoldedBlock
 from vision.nets.network import (
+    Scaled,
     before_activation,
-    make_activation,
     rename_keys_,
 )
 
@@ -36,10 +36,12 @@ class Block(nn.Module):
         inputs: Channels of the input.
         width: Channels of the 3x3 convolutions.
         stride: Of the first 3x3 convolution, and of the shortcut.
+        expected: Standard deviation of the input as the method knows it, which the branch's input
+            is divided by.
 
     Attributes:
         convs: The branch's convolutions.
-        before_convs: What stands before each: a scalar bias or nothing.
+        before_convs: What stands before each: a scalar bias, a fixed number or nothing.
         before_acts: What stands before the activations within the branch: norms, scalar biases or
             nothing.
         residual: Where the branch joins the shortcut.
@@ -49,18 +51,22 @@ class Block(nn.Module):
     before_convs: Any
     before_acts: Any
 
-    def __init__(self, design: Design, inputs: int, width: int, stride: int) -> None:
+    def __init__(
+        self, design: Design, inputs: int, width: int, stride: int, expected: float = 1.0
+    ) -> None:
         super().__init__()
         method, shapes = design.method, design.shapes(inputs, width, stride)
         self.changes_shape = stride != 1 or inputs != shapes[-1][1]
         self.skips_branch = False
         self.convs = nn.ModuleList(design.convolution(*shape) for shape in shapes)
         self.before_convs = nn.ModuleList(method.make_bias() for _ in shapes)
+        if expected != 1.0:
+            self.before_convs[0] = Scaled(1 / expected)
         inner, end = self.parts(method, shapes)
         self.before_acts = nn.ModuleList(inner)
         self.residual = method.make_residual(end=end)
         self.shortcut = make_shortcut(design, inputs, shapes[-1][1], stride)
-        self.activation = make_activation(design.activation)
+        self.activation = design.make_activation()
         self.dropout = nn.Dropout(design.dropout)
 
     def parts(self, method: Method, shapes: Any) -> tuple[list[nn.Module], nn.Module]:
@@ -70,7 +76,7 @@ class Block(nn.Module):
     def residual_branches(self) -> Iterator[ResidualBranch]:
         """M = 2, or 3 in a bottleneck."""
         layers = tuple(WeightLayer(conv, role="conv") for conv in self.convs)
-        yield ResidualBranch("branch", layers)
+        yield ResidualBranch("branch", layers, parts=(self.residual,))
 
     def last_norms(self) -> Iterator[nn.Module]:
         """The normalisation behind the branch's last convolution, which only post order has."""
@@ -284,8 +290,10 @@ class PlainPreBlock(_WithoutShortcut, PreBlock):
 FUSABLE = (PostBlock, PreBlock)
 
 
-def make_block(design: Design, inputs: int, width: int, stride: int) -> Block:
-    """The block of a design."""
+def make_block(
+    design: Design, inputs: int, width: int, stride: int, expected: float = 1.0
+) -> Block:
+    """The block of a design; the arguments are those of ``Block``."""
     plain = design.shortcut == "none"
     kinds = (PlainPostBlock, PlainPreBlock) if plain else (PostBlock, PreBlock)
-    return kinds[ORDERS.index(design.order)](design, inputs, width, stride)
+    return kinds[ORDERS.index(design.order)](design, inputs, width, stride, expected)

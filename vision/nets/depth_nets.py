@@ -12,7 +12,7 @@ import torch
 
 from fixup_core.errors import UserError
 from fixup_core.rules.methods import method_named
-from vision.nets.design import Design
+from vision.nets.design import make_design
 from vision.nets.network import Network, write_weights_
 from vision.nets.resnet import ResNet
 
@@ -46,7 +46,8 @@ def _check(name: str, **design: Any) -> dict[str, Any]:
         if depth < 3 or depth % 3:
             raise UserError(f"a depth of {depth} is not a multiple of 3: take one, as 12")
         counts = (depth // 3,) * 3
-        net = ResNet(Design(method, **design), counts=counts, widths=WIDTHS, num_classes=CLASSES)
+        own = make_design(method, {}, **design)
+        net = ResNet(own, counts=counts, widths=WIDTHS, num_classes=CLASSES)
         write_weights_(net, method, images)
         return net
 

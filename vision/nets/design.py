@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fixup_core import Method
 from fixup_core.errors import UserError
-from vision.nets.network import after_projection
+from fixup_core.rules.standardised import standardise_
+from vision.nets.network import after_projection, make_activation
 
 ORDERS = ("post", "pre")
 SHORTCUTS = ("A", "B", "C", "none")
@@ -49,7 +52,19 @@ class Design:
 
     def convolution(self, inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
         bias = self.method.bias_vectors
-        return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
+        conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
+        if self.method.standardised:
+            standardise_(conv)
+        return conv
+
+    def make_activation(self) -> nn.Module:
+        return make_activation(self.activation, unit=self.method.unit_activations)
+
+
+def make_design(method: Method, given: Mapping[str, Any], **defaults: Any) -> Design:
+    """The options that are given, what the method needs, the network's own defaults."""
+    needed = {"order": "pre", "shortcut": "B"} if method.preactivation else {}
+    return Design(method, **(defaults | needed | dict(given)))
 
 
 class Subsample(nn.Module):

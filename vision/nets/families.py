@@ -18,7 +18,7 @@ from fixup_core import Method
 from fixup_core.errors import UserError
 from fixup_core.rules.methods import check_defined, method_named
 from vision.imports import import_object
-from vision.nets.design import Design
+from vision.nets.design import Design, make_design
 from vision.nets.highway import HighwayConvNet, HighwayMLP
 from vision.nets.network import Network, write_weights_
 from vision.nets.resnet import ResNet
@@ -57,7 +57,7 @@ TYPE_NAMES = {
 
 def _design(method: Method, options: dict[str, Any], **defaults: Any) -> Design:
     given = {key: options.pop(key) for key in DESIGN_OPTIONS if key in options}
-    return Design(method, **(defaults | given))
+    return make_design(method, given, **defaults)
 
 
 def _cifar_resnet(depth: int, *, method: Method, **options: Any) -> Network:
@@ -150,6 +150,7 @@ def build_net(
     *,
     method: str | Method = "fixup",
     num_classes: int = 10,
+    base_branches: float | None = None,
     batch: torch.Tensor | None = None,
     **options: Any,
 ) -> Network:
@@ -163,6 +164,8 @@ def build_net(
         method: A name in ``METHODS``, or a record; or ``as_it_is``: the weights that a network of
             one's own has written.
         num_classes: Of the classifier.
+        base_branches: c, the residual branches of the network at which the learning rate was tuned,
+            for a method with a factor of the depth such as ``fixup_adam``; its own by default.
         batch: Images [B, C, H, W] for a method that looks at data; noise if there are none.
         options: Of the family: ``shortcut``, ``order``, ``activation``, ``dropout``,
             ``in_channels``, ``checkpointing``; ``width`` of a CIFAR ResNet's first stage;
@@ -172,13 +175,13 @@ def build_net(
         The network; ``report`` on it says how every weight was drawn.
 
     Raises:
-        UserError: An unknown name, method or option, an impossible depth, or a method the network
-            cannot take.
+        UserError: An unknown name, method or option, an impossible depth, a method the network
+            cannot take, or base branches that are not positive or that the method does not know.
     """
-    net = _built(name, method, num_classes=num_classes, **options)
-    if method == AS_IT_IS:
+    chosen = _chosen(method, base_branches)
+    net = _built(name, chosen, num_classes=num_classes, **options)
+    if chosen is None:
         return net
-    chosen = method_named(method)
     if chosen.unit_variance and batch is None:
         channels, size = image_of(name, **options)
         batch = torch.randn(16, channels, size, size)
@@ -186,11 +189,18 @@ def build_net(
     return net
 
 
-def check_net(name: str, *, method: str | Method = "fixup", **options: Any) -> None:
+def check_net(
+    name: str,
+    *,
+    method: str | Method = "fixup",
+    base_branches: float | None = None,
+    **options: Any,
+) -> None:
     """Raise what ``build_net`` would raise, without memory for weights."""
+    chosen = _chosen(method, base_branches)
     with torch.device("meta"):
-        net = _built(name, method, num_classes=10, **options)
-        if method != AS_IT_IS and not (chosen := method_named(method)).unit_variance:
+        net = _built(name, chosen, num_classes=10, **options)
+        if chosen is not None and not chosen.unit_variance:
             write_weights_(net, chosen)
 
 
@@ -205,15 +215,25 @@ def image_of(name: str, **options: Any) -> tuple[int, int]:
     return options.get("in_channels", channels), options.get("image_size", size)
 
 
-def _built(name: str, method: str | Method, **options: Any) -> Network:
+def _chosen(method: str | Method, base_branches: float | None) -> Method | None:
+    """The record; ``None`` where the network's weights are left as they are."""
+    if method != AS_IT_IS:
+        return method_named(method).with_base(base_branches)
+    if base_branches is not None:
+        raise UserError(f"{AS_IT_IS} writes no weights, so it has no base branches")
+    return None
+
+
+def _built(name: str, method: Method | None, **options: Any) -> Network:
     """The network, its weights not yet written."""
     if is_class_path(name):
-        return _foreign(name, method, options)
+        return _foreign(name, options)
     family, numbers = _parse(name)
-    chosen = method_named(method)
+    if method is None:
+        raise UserError(f"the method {AS_IT_IS} is for a network of your own, by class path")
     for option, value in options.items():
         _check_option(name, option, value, (*family.options, "num_classes"))
-    return family.build(*numbers, method=chosen, **options)
+    return family.build(*numbers, method=method, **options)
 
 
 def is_class_path(name: str) -> bool:
@@ -221,9 +241,7 @@ def is_class_path(name: str) -> bool:
     return "." in name
 
 
-def _foreign(name: str, method: str | Method, options: dict[str, Any]) -> Any:
-    if method != AS_IT_IS:
-        method_named(method)
+def _foreign(name: str, options: dict[str, Any]) -> Any:
     kind = import_object(name, "--model.net")
     try:
         net = kind(**options)

@@ -39,6 +39,35 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+UNIT_GAINS = {
+    "relu": 1.7139588594436646,
+    "tanh": 1.5939117670059204,
+    "sigmoid": 4.803835391998291,
+}
+"""What each activation is multiplied by so that an input of N(0, 1) leaves it with a variance of 1
+(Brock et al. 2021, as in the authors' code)."""
+
+
+class Scaled(nn.Module):
+    """Multiplies by a plain number, behind an activation or alone.
+
+    Args:
+        number: Fixed.
+        activation: ``None``: there is none.
+    """
+
+    def __init__(self, number: float, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.number = number
+        self.activation = activation or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.number * self.activation(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.number:.4g}"
+
+
 class Network(nn.Module):
     """What ``build_net`` returns: maps images [B, C, H, W] to logits [B, classes].
 
@@ -59,14 +88,19 @@ def after_projection(method: Method, channels: int) -> nn.Module:
     return NORMS[method.norm](channels) if method.norm else nn.Identity()
 
 
-def make_activation(name: str) -> nn.Module:
+def make_activation(name: str, *, unit: bool = False) -> nn.Module:
     """A module of ``ACTIVATIONS``.
+
+    Args:
+        name: Its name.
+        unit: Keep a variance of 1.
 
     Raises:
         UserError: There is none of that name.
     """
     choose("activation", name, ACTIVATIONS)
-    return ACTIVATIONS[name]()
+    activation = ACTIVATIONS[name]()
+    return Scaled(UNIT_GAINS[name], activation) if unit else activation
 
 
 def choose(option: str, value: str, choices: Collection[str]) -> None:

@@ -36,7 +36,6 @@ from vision.nets.network import (
     Network,
     before_activation,
     choose,
-    make_activation,
     rename_keys_,
 )
 
@@ -54,7 +53,7 @@ class Stem(nn.Module):
         self.post = post = design.order == "post"
         before = before_activation(design.method, outputs) if post else nn.Identity()
         self.before_activation = before
-        self.activation = make_activation(design.activation) if post else nn.Identity()
+        self.activation = design.make_activation() if post else nn.Identity()
         self.pool = nn.MaxPool2d(3, 2, 1) if imagenet else nn.Identity()
 
     def standard_layers(self) -> Iterator[WeightLayer]:
@@ -94,7 +93,7 @@ class Head(nn.Module):
         self.pre = pre = design.order == "pre"
         before = before_activation(design.method, inputs) if pre else nn.Identity()
         self.before_activation = before
-        self.activation = make_activation(design.activation) if pre else nn.Identity()
+        self.activation = design.make_activation() if pre else nn.Identity()
         self.before_fc = design.method.make_bias()
         self.fc = nn.Linear(inputs, num_classes)
 
@@ -164,12 +163,16 @@ class ResNet(Network):
         channels = stem_width or widths[0]
         self.stem = Stem(design, in_channels, channels, imagenet)
         self.stages = nn.ModuleList()
+        variance, growth = 1.0, (design.method.branch_scale or 0.0) ** 2
         for number, (count, width) in enumerate(zip(counts, widths, strict=True)):
             blocks = nn.Sequential()
             for i in range(count):
                 stride = 2 if i == 0 and number > 0 else 1
-                blocks.append(make_block(design, channels, width, stride))
+                block = make_block(design, channels, width, stride, math.sqrt(variance))
+                blocks.append(block)
                 channels = width * design.expansion
+                # A projection sees an input of variance 1, and keeps it.
+                variance = (variance if block.shortcut is None else 1.0) + growth
             self.stages.append(blocks)
         self.head = Head(design, channels, num_classes)
 
@@ -198,10 +201,13 @@ class ResNet(Network):
         """The plain network of ``fixup_core.fuse.fold``.
 
         Raises:
-            UserError: A method without scalars, or another activation than ReLU.
+            UserError: A method without scalars or with standardised weights, or another activation
+                than ReLU.
         """
         if not self.fusable():
-            raise UserError("only networks with Fixup's scalars and ReLU can be folded")
+            raise UserError(
+                "only networks with Fixup's scalars, plain weights and ReLU can be folded"
+            )
         blocks = self.blocks()
         biases = self._input_biases(blocks)
         folded = [b.folded(*pair) for b, pair in zip(blocks, pairwise(biases), strict=True)]
@@ -271,6 +277,12 @@ def _check(design: Design) -> None:
     choose("order", design.order, ORDERS)
     if not 0 <= design.dropout < 1:
         raise UserError(f"dropout is {design.dropout}: take a number from 0 to below 1")
+    if design.method.preactivation and (design.order != "pre" or design.shortcut not in "BC"):
+        raise UserError(
+            f"the method {design.method.name!r} is defined for order pre and shortcut B or C, "
+            f"where projections see what is activated, not for order {design.order} and shortcut "
+            f"{design.shortcut}"
+        )
     plain, norms = design.shortcut == "none", (None, *NORMS)
     check_defined(
         design.method,

@@ -1,4 +1,4 @@
-"""What a run leaves behind besides its weights and its table of predictions: pictures."""
+"""What a run may have besides what every run has: pictures, measurements, adaptive clipping."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.optim import Optimizer
 from torchvision.utils import make_grid, save_image
 
+from fixup_core.clipping import SHARE, check_share, clip_adaptively_
 from fixup_core.errors import UserError
 from fixup_core.measure.bounds import BoundTable, gradient_bounds
 from fixup_core.measure.flow import GradientFlow, gradient_flow, plot_flows
 from vision.data.batches import Batch, as_batch
 
+SHARDING = ("FSDP", "DeepSpeed", "ModelParallel")
+"""Parts of the names of Lightning's strategies that share out the weights of a layer."""
 LEGIBLE, CAPTION = 96, 14
 """Pixels: smaller images are enlarged to about this size; the height of the class below each."""
 
@@ -114,6 +118,43 @@ class GradientFlowLogger(Callback):
         flows = {f"step {step}": self.flows[step] for step in sorted(chosen)}
         file = Path(trainer.default_root_dir) / "gradient_flow.png"
         plot_flows(flows, file, quantities=("gradient_norm", "weight_gradient_norm"))
+
+
+class AdaptiveClipping(Callback):
+    """Clips the gradient of every output unit to a share of the norm of its weights, before every
+    step of the optimiser (Brock et al. 2021; ``fixup_core.clipping``).
+
+    Args:
+        share: Largest norm of a unit's gradient over that of its weights.
+    """
+
+    def __init__(self, share: float = SHARE) -> None:
+        check_share(share)
+        self.share = share
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Look at how the parameters are held.
+
+        Raises:
+            UserError: In parts, by several processes: a unit's norm is not known then.
+        """
+        strategy = type(trainer.strategy).__name__
+        if any(kind in strategy for kind in SHARDING):
+            raise UserError(
+                f"AdaptiveClipping needs whole weights, which {strategy} shares out: take "
+                "--trainer.strategy ddp"
+            )
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        # Lightning takes the scaler of half precision off before, but from an optimiser that does
+        # so itself, such as a fused Adam.
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+        clip_adaptively_(
+            pl_module, self.share, scale=1 / scaler.get_scale() if scaler and scaled else 1.0
+        )
 
 
 def _bound_values(table: BoundTable | None) -> dict[str, float]:

@@ -52,8 +52,9 @@ class LitClassifier(L.LightningModule):
     Args:
         net: Name of the network, as ``vision.nets.build_net`` takes it, or the class path of one
             of your own, called with num_classes and the options.
-        method: batchnorm, groupnorm, zeroinit, none, xavier, lsuv, fixup or an ablation of it;
-            ``as_it_is`` leaves the weights of a network of your own.
+        method: batchnorm, groupnorm, zeroinit, none, xavier, lsuv, dyt, derf, skipinit, rezero, nf,
+            fixup_adam, fixup or an ablation of it; ``as_it_is`` leaves the weights of a network of
+            your own.
         num_classes: Must be the data's.
         options: More options of the network: shortcut, order, activation, in_channels, ...
         weights: File to start from: a checkpoint of ours, or torchvision's or the authors' state
@@ -75,6 +76,8 @@ class LitClassifier(L.LightningModule):
         mixup: Alpha of mixup; 0: none. The paper: 0.2 BatchNorm, 0.1 GroupNorm, 0.7 Fixup.
         cutmix: Alpha of cutmix; 0: none.
         channels_last: Memory layout of the images; faster where convolutions run in bfloat16.
+        base_branches: Of ``fixup_adam``: the residual branches of the network at which the learning
+            rate was tuned; by default the method's own.
     """
 
     def __init__(
@@ -100,11 +103,18 @@ class LitClassifier(L.LightningModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         channels_last: bool = True,
+        base_branches: float | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         _check_ranges(self.args)
-        self.net = build_net(net, method=method, num_classes=num_classes, **(options or {}))
+        self.net = build_net(
+            net,
+            method=method,
+            num_classes=num_classes,
+            base_branches=base_branches,
+            **(options or {}),
+        )
         if channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
         self.frozen = freeze_(self.net, freeze) if freeze else []
@@ -276,13 +286,14 @@ class LitClassifier(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The scalars in a group of their own; the rates are set before every step."""
-        args = self.args
+        args, method = self.args, METHODS.get(self.args.method)
         groups = param_groups(
             self.net,
             lr=args.lr,
             scalar_lr_ratio=args.scalar_lr_ratio,
             weight_decay=args.weight_decay,
             scalar_weight_decay=args.scalar_weight_decay,
+            decay_vectors=method is None or method.decays_vectors,
         )
         own = {"momentum": args.momentum, "nesterov": args.nesterov}
         plain = args.optimizer.removeprefix("torch.optim.") == "SGD"

@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from fixup_core.errors import UserError
+from vision.training.callbacks import AdaptiveClipping
 from vision.training.schedule import rate_at
 
 TRAINER_OPTIONS = (
@@ -81,6 +82,9 @@ class SameOptions(Callback):
         describe = getattr(trainer.datamodule, "description", dict)  # type: ignore[attr-defined]
         data = {"--data" if k == "data" else f"--data.{k}": v for k, v in describe().items()}
         options = {f"--trainer.{name}": getattr(trainer, name) for name in TRAINER_OPTIONS}
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        clipping = [each.share for each in callbacks if isinstance(each, AdaptiveClipping)]
+        options["AdaptiveClipping of share"] = clipping[0] if clipping else "none"
         return {"--seed_everything": self.seed} | data | options
 
 

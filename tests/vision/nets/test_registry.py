@@ -10,7 +10,7 @@ from torch import nn
 
 from fixup_core import METHODS, fold
 from fixup_core.errors import UserError
-from vision.nets import build_net
+from vision.nets import build_net, check_net
 
 NETS = {
     "cifar_resnet8": {"width": 4},
@@ -54,7 +54,7 @@ def test_a_method_builds_saves_resumes_and_folds_or_is_refused(name: str, method
     assert not torch.equal(again(IMAGES), logits)
     again.load_state_dict(copy.deepcopy(net.state_dict()))
     assert torch.equal(again(IMAGES), logits)
-    if METHODS[method].scalars:
+    if METHODS[method].scalars and METHODS[method].foldable:
         torch.testing.assert_close(fold(net)(IMAGES), logits, rtol=1e-4, atol=1e-5)
     else:
         with pytest.raises(UserError, match="folded"):
@@ -86,6 +86,29 @@ def test_state_dicts_of_version_0_1_load_under_their_new_names(method: str, orde
     again = build_net("cifar_resnet8", method=method, num_classes=5, order=order)
     again.load_state_dict(old)
     assert torch.equal(again.eval()(IMAGES), net.eval()(IMAGES))
+
+
+@pytest.mark.parametrize(("base", "expected"), [(None, 15 / 3), (6.0, 2.0)])
+def test_base_branches_set_the_fixed_multiplier(base: float | None, expected: float) -> None:
+    net = build_net("cifar_resnet8", method="fixup_adam", base_branches=base)
+    assert [b.residual.multiplier.value().item() for b in net.blocks()] == [expected] * 3
+    assert {row.m for row in net.report.rows if row.branch} == {2}
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "says"),
+    [
+        ("fixup", 4.0, "'fixup' has no factor of the depth"),
+        ("nf", 4.0, "'nf' has no factor of the depth"),
+        ("as_it_is", 4.0, "writes no weights"),
+        *(("fixup_adam", base, "the base branches are") for base in (0.0, -3.0, float("nan"))),
+    ],
+)
+def test_base_branches_that_make_no_sense(method: str, base: float, says: str) -> None:
+    for build in (build_net, check_net):
+        with pytest.raises(UserError, match=says) as refused:
+            build("cifar_resnet8", method=method, base_branches=base)
+        assert "\n" not in str(refused.value)
 
 
 def test_blocks_know_no_method_by_name() -> None:
