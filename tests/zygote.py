@@ -7,6 +7,7 @@ imported here: a fork does what ``python -m MODULE ARGUMENTS`` does from there o
 from __future__ import annotations
 
 import json
+import logging
 import os
 import runpy
 import sys
@@ -42,6 +43,9 @@ def become(order: dict) -> None:
     sys.argv = [order["module"], *order["arguments"]]
 
 
+# The imports have spoken, which sets logging up; a command does that itself, before it imports.
+logging.root.handlers.clear()
+logging.root.setLevel(logging.WARNING)
 order = serve()
 if order is not None:
     become(order)

@@ -327,6 +327,7 @@ def write_wmt_archive(path: Path, *, without: str = "") -> None:
                     tar.addfile(info, io.BytesIO(text))
 
 
+@pytest.mark.slow
 def test_wmt_archive_and_unpacked_folder_agree(tmp_path: Path) -> None:
     pytest.importorskip("sacremoses")
     archive, folder = tmp_path / "wmt16_en_de.tar.gz", tmp_path / "unpacked"

@@ -69,7 +69,10 @@ def _wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None
         time.sleep(0.05)
 
 
-SIGNALS = [(signal.SIGINT, INTERRUPTED, "interrupted"), (signal.SIGTERM, TERMINATED, "terminated")]
+SIGNALS = [
+    (signal.SIGINT, INTERRUPTED, "interrupted"),
+    pytest.param(signal.SIGTERM, TERMINATED, "terminated", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("number", "status", "says"), SIGNALS)

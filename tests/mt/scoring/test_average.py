@@ -164,7 +164,7 @@ def test_too_few_or_unvalidated_checkpoints_are_refused(tmp_path: Path) -> None:
     [
         ("checkpoint.best_loss_2.1.pt", r"--inputs .*/checkpoint\.best_\*\.pt"),
         ("checkpoint_3_500.pt", "--kind update"),
-        ("checkpoint_last.pt", "train longer, or keep more of them (--keep-last-epochs)"),
+        ("checkpoint_last.pt", r"train longer, or keep more of them \(--keep-last-epochs\)"),
     ],
 )
 def test_the_advice_goes_by_what_the_run_has_kept(other: str, says: str, tmp_path: Path) -> None:
