@@ -55,4 +55,6 @@ def _check(name: str, **design: Any) -> dict[str, Any]:
         "make_net": make_net,
         "batch": (images, torch.arange(BATCH) % CLASSES),
         "depths": DEPTHS,
+        # Behind a multiplier at 0 nothing but the multiplier can move.
+        "moved": "scalars" if method.multiplier == 0 else "branches",
     }

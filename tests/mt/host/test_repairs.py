@@ -24,7 +24,6 @@ from torch import nn
 
 from fixup_mt.errors import UserError
 from fixup_mt.host import checkpoints, repairs
-from fixup_mt.host.flow_log import log_gradients_where_asked
 from fixup_mt.host.patches import MARK, Patch
 from tests.conftest import ENVIRONMENT, ROOT, fairseq, train_flags, zygote
 
@@ -69,7 +68,7 @@ def test_a_package_that_imports_the_plugin_may_be_run_as_a_module(tmp_path: Path
     assert done.stdout.strip() == "True"
 
 
-PATCHES = (*repairs.REPAIRS, log_gradients_where_asked)
+PATCHES = repairs.REPAIRS
 
 
 def _targets() -> list[Any]:
@@ -178,6 +177,18 @@ def test_the_switch_turns_everything_off() -> None:
     )
     assert _without_repairs(_parses_a_command(code)) == "False False False"
     assert _in_a_fresh_process(_parses_a_command(code)) == "True True True"
+
+
+def test_options_of_ours_need_no_repair() -> None:
+    """An option that was asked for and does nothing would be worse than none."""
+    code = (
+        "from fairseq.trainer import Trainer\nimport fixup_mt\n"
+        "from fixup_mt.host import repairs\nfrom fixup_mt.host.patches import MARK\n"
+        "on = set(getattr(Trainer.clip_grad_norm, MARK, {}))\n"
+        "repairs.undo()\n"
+        "print(on == {p.name for p in repairs.OPTIONS}, hasattr(Trainer.clip_grad_norm, MARK))"
+    )
+    assert _without_repairs(code) == _in_a_fresh_process(code) == "True False"
 
 
 def test_the_hook_is_installed_once_and_for_commands_alone(monkeypatch) -> None:
