@@ -52,10 +52,17 @@ class Contender:
     name: str
     arch: str
     lr: float
+    flags: tuple[tuple[str, str], ...] = ()
 
 
 CONTENDERS = (
-    Contender("fixup", "Fixup", "transformer_fixup_tiny", lr=0.002),
+    Contender(
+        "fixup",
+        "Fixup",
+        "transformer_fixup_tiny",
+        lr=0.003,
+        flags=(("fixup-output-bias", "frequencies"),),
+    ),
     Contender("layernorm", "LayerNorm", "transformer", lr=0.003),
 )
 
@@ -108,7 +115,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
         "max_tokens": MAX_TOKENS,
         "warmup_updates": WARMUP,
         "beam": BEAM,
-        "lr": {one.name: one.lr for one in CONTENDERS},
+        "contenders": {one.name: [one.arch, one.lr, *one.flags] for one in CONTENDERS},
     }
 
 
@@ -197,7 +204,7 @@ def finished(output: Path, one: Contender) -> Path:
 
 
 def training_arguments(output: Path, one: Contender, args: argparse.Namespace) -> list[str]:
-    """Everything but the architecture and the learning rate is the same for both."""
+    """Everything but the architecture, its own flags and the learning rate is the same for both."""
     interval = max(1, args.max_update // CHECKPOINTS)
     options = {
         **SIZES,
@@ -205,6 +212,7 @@ def training_arguments(output: Path, one: Contender, args: argparse.Namespace) -
         "save-dir": output / one.folder,
         "arch": one.arch,
         "lr": one.lr,
+        **dict(one.flags),
         "task": "translation",
         "source-lang": "de",
         "target-lang": "en",
