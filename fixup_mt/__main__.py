@@ -13,7 +13,7 @@ from pathlib import Path
 COMMANDS = {
     "average": ("scoring.average", "average the weights of several checkpoints into one"),
     "corpus": ("demo.corpus", "write the built-in German-English corpus"),
-    "demo": ("demo.demo", "train Fixup and LayerNorm side by side on the built-in corpus"),
+    "demo": ("demo.demo", "train Fixup, T-Fixup and LayerNorm side by side on the built-in corpus"),
     "export": (
         "serving.export",
         "write a trained model for other engines: CTranslate2, ONNX, plain weights",

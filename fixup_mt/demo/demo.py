@@ -1,6 +1,6 @@
-"""``make demo``: Fixup and LayerNorm side by side on the built-in German-English corpus.
+"""``make demo``: models with and without norms side by side on the built-in German-English corpus.
 
-Two small Transformers of the same sizes see the same sentences for the same number of updates.
+Small Transformers of the same sizes see the same sentences for the same number of updates.
 Everything lands in one folder; a step that is finished is not done again, and a training that was
 cut off goes on from its last checkpoint.
 """
@@ -25,7 +25,7 @@ from fixup_mt.errors import UserError
 from fixup_mt.host.jobs import Job, cores, run_jobs
 
 PLUGIN = Path(__file__).resolve().parents[1]
-# The sizes of both models, as fairseq's flags say them.
+# The sizes of all models, as fairseq's flags say them.
 SIZES = {
     "encoder-layers": 2,
     "encoder-embed-dim": 128,
@@ -55,13 +55,16 @@ class Contender:
     flags: tuple[tuple[str, str], ...] = ()
 
 
+FREQUENCIES = ("fixup-output-bias", "frequencies")
+# Rates chosen on the validation sentences of seed 1.
 CONTENDERS = (
+    Contender("fixup", "Fixup", "transformer_fixup_tiny", lr=0.003, flags=(FREQUENCIES,)),
     Contender(
-        "fixup",
-        "Fixup",
+        "t_fixup",
+        "T-Fixup",
         "transformer_fixup_tiny",
         lr=0.003,
-        flags=(("fixup-output-bias", "frequencies"),),
+        flags=(("fixup-method", "t_fixup"), FREQUENCIES),
     ),
     Contender("layernorm", "LayerNorm", "transformer", lr=0.003),
 )
@@ -70,8 +73,8 @@ CONTENDERS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
-    add("--seed", type=int, default=1, help="of the corpus and of both models")
-    add("--max-update", type=int, default=UPDATES, metavar="N", help="updates of either model")
+    add("--seed", type=int, default=1, help="of the corpus and of the models")
+    add("--max-update", type=int, default=UPDATES, metavar="N", help="updates of each model")
     add("--threads", type=int, default=min(cores(), 8), metavar="N", help="CPU threads in all")
     add("--train-pairs", type=int, default=corpus.TRAIN, metavar="N", help="training sentences")
     add("--test-pairs", type=int, default=corpus.TEST, metavar="N", help="test (and valid) ones")
@@ -194,7 +197,7 @@ def train(output: Path, args: argparse.Namespace) -> None:
         )
 
     todo = [one for one in CONTENDERS if not finished(output, one).exists()]
-    run_jobs([job(one) for one in todo], threads=args.threads)
+    run_jobs([job(one) for one in todo], threads=args.threads, at_once=args.threads)
     for one in todo:
         finished(output, one).touch()
 
@@ -204,7 +207,7 @@ def finished(output: Path, one: Contender) -> Path:
 
 
 def training_arguments(output: Path, one: Contender, args: argparse.Namespace) -> list[str]:
-    """Everything but the architecture, its own flags and the learning rate is the same for both."""
+    """Everything but the architecture, its own flags and the learning rate is the same for all."""
     interval = max(1, args.max_update // CHECKPOINTS)
     options = {
         **SIZES,
@@ -263,7 +266,7 @@ def translate(output: Path, args: argparse.Namespace) -> None:
         )
 
     todo = [one for one in CONTENDERS if not (output / one.folder / TRANSLATIONS).exists()]
-    run_jobs([job(one) for one in todo], threads=args.threads)
+    run_jobs([job(one) for one in todo], threads=args.threads, at_once=args.threads)
 
 
 def generation_arguments(output: Path, folder: Path) -> list[str]:

@@ -126,7 +126,7 @@ def table(results: Sequence[Result]) -> list[str]:
 
 
 def translations(folder: Path, results: Sequence[Result]) -> list[str]:
-    """The first test sentences: source, both translations, reference."""
+    """The first test sentences: source, translations, reference."""
     sources, references = read_lines(folder / "test.de"), read_lines(folder / "test.en")
     lines = []
     for index in range(min(SHOWN, len(sources))):
@@ -144,6 +144,6 @@ def write_picture(path: Path, results: Sequence[Result]) -> None:
         training, validation = result.training_curve, result.validation_curve
         curves.append(figures.Curve(f"{result.name}, training", training))
         curves.append(figures.Curve(f"{result.name}, validation", validation, dashed=True))
-    title = "Built-in German-English corpus: Fixup and LayerNorm"
+    title = "Built-in German-English corpus: without norms and with LayerNorm"
     loss = "label-smoothed loss (bits per piece)"
     figures.draw([figures.Panel(curves, "updates", loss, title)], path)

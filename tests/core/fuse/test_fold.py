@@ -51,11 +51,7 @@ def test_a_state_dict_holds_the_floors() -> None:
 def test_what_cannot_be_folded_is_told() -> None:
     with pytest.raises(UserError, match="Linear cannot be folded: give it a folded"):
         fold(nn.Linear(2, 2))
-    with pytest.raises(
-        UserError, match="only networks with Fixup's scalars, plain weights"
-    ):
+    with pytest.raises(UserError, match="only networks with Fixup's scalars, plain weights"):
         fold(_net("cifar_resnet8", "batchnorm"))
-    with pytest.raises(
-        UserError, match="only networks with Fixup's scalars, plain weights"
-    ):
+    with pytest.raises(UserError, match="only networks with Fixup's scalars, plain weights"):
         fold(_net("cifar_resnet8", activation="tanh"))
