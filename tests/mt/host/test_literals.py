@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,10 +47,16 @@ def _sources() -> list[str]:
             parts = file.relative_to(folder).with_suffix("").parts
             if "examples" in parts:
                 continue
-            calls = [n for n in ast.walk(ast.parse(file.read_text("utf-8"))) if _is_eval(n)]
+            calls = [node for node in ast.walk(_parsed(file)) if _is_eval(node)]
             if calls:
                 found.append(".".join((package, *parts)))
     return found
+
+
+def _parsed(file: Path) -> ast.AST:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # escapes of fairseq's that newer Pythons warn of
+        return ast.parse(file.read_text("utf-8"))
 
 
 def _is_eval(node: ast.AST) -> bool:
