@@ -142,3 +142,12 @@ def _leaf(value: Any) -> Any:
 def _hint(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def converted(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in ``dtype``, everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: converted(item, dtype) for key, item in value.items()}
+    return tuple(converted(item, dtype) for item in value) if isinstance(value, tuple) else value

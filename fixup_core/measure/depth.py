@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from fixup_core.errors import UserError
 from fixup_core.measure.figures import Curve, Panel, draw
 from fixup_core.measure.line_fit import Slope, fit_slope
-from fixup_core.probing import Inputs, first_tensor, modules_named, outputs_of
+from fixup_core.probing import Inputs, converted, first_tensor, modules_named, outputs_of
 from fixup_core.rules.branches import WeightLayer, collect_branches, collect_classifiers
 from fixup_core.rules.init import draw_zero_heads_
 from fixup_core.rules.scalars import scalars
@@ -228,7 +228,7 @@ def depth_check(
     if seeds < 1 or min(depths, default=0) < 1 or len(set(depths)) < 3:
         raise UserError("a depth check takes three different depths or more, each at least 1")
     step = _Step(
-        batch=_converted(batch, dtype),
+        batch=converted(batch, dtype),
         choose=moved if callable(moved) else MOVED[moved],
         optimizer=optimizer,
         eta=eta or (math.sqrt(torch.finfo(dtype).eps) if steps == 1 else REAL_STEP),
@@ -387,15 +387,6 @@ def _heads(net: nn.Module, name: str | None) -> Sequence[nn.Module | WeightLayer
         return list(modules_named(net, [name]))
     linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
     return collect_classifiers(net) or linear[-1:]
-
-
-def _converted(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors in ``dtype``, everything else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _converted(item, dtype) for key, item in value.items()}
-    return tuple(_converted(item, dtype) for item in value) if isinstance(value, tuple) else value
 
 
 def _mean(sizes: Sequence[float]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fixup_core.clipping import clip_adaptively_
-from fixup_mt.errors import UserError
+from fixup_mt.host.flow_log import gradient_factor
 from fixup_mt.host.patches import patch
 from fixup_mt.model.config import FixupOptions
 
@@ -17,10 +17,7 @@ def clip_adaptively_where_asked(original: Any) -> Any:
     def clip_grad_norm(self: Any, clip_norm: float) -> Any:
         share = FixupOptions.of(self.cfg.model).agc
         if share:
-            if self.cfg.common.amp:
-                raise UserError("--fixup-agc cannot see the gradients under --amp: leave one out")
-            # In half precision the gradients are multiplied by a scale that comes off later.
-            scale = float(getattr(self.optimizer, "_multiply_factor", 1.0))
+            scale = gradient_factor(self, "--fixup-agc")
             clip_adaptively_(self.get_model(), share, scale=scale)
         return original(self, clip_norm)
 

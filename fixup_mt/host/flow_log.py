@@ -43,15 +43,26 @@ def log_gradients(trainer: Any) -> None:
     Raises:
         UserError: ``--amp``, which holds the gradients times a scale of its own.
     """
-    if trainer.cfg.common.amp:
-        raise UserError(
-            "--fixup-log-gradients cannot see the gradients under --amp: "
-            "leave one of them out, or use --fixup-autocast bf16"
-        )
-    # In half precision the model holds the gradients times a scale that the optimiser takes off.
-    factor = float(getattr(trainer.optimizer, "_multiply_factor", 1.0))
+    factor = gradient_factor(trainer, "--fixup-log-gradients")
     for name, norm in layer_gradient_norms(trainer.get_model()).items():
         metrics.log_scalar(f"grad_{name}", factor * norm, priority=500, round=6)
+
+
+def gradient_factor(trainer: Any, option: str) -> float:
+    """What the gradients that a trainer's model holds are still to be multiplied by.
+
+    In half precision they are held times a scale that the optimiser takes off later.
+
+    Raises:
+        UserError: ``--amp``, which holds the gradients times a scale of its own; ``option`` is
+            named, which needs to see them.
+    """
+    if trainer.cfg.common.amp:
+        raise UserError(
+            f"{option} cannot see the gradients under --amp: "
+            "leave one of them out, or use --fixup-autocast bf16"
+        )
+    return float(getattr(trainer.optimizer, "_multiply_factor", 1.0))
 
 
 @patch("fairseq.trainer:Trainer.clip_grad_norm", "self clip_norm")

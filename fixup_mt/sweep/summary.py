@@ -46,22 +46,16 @@ def summarise(results: Results, chance: float) -> list[Line]:
     """
     lines = []
     for method, warmup in _groups(results):
-        depths = sorted({p.depth for p in results.rows if (p.method, p.warmup) == (method, warmup)})
         shallow = math.nan
-        for depth in depths:
-            means = _means(results, method, warmup, depth)
+        for depth, by_rate in _losses(results, method, warmup).items():
+            means = _means(by_rate)
             best = min(means, key=lambda lr: _finite(means[lr]))
-            if depth == depths[0]:
-                shallow = best
-            losses = [
-                result.valid_loss
-                for p, result in results.rows.items()
-                if (p.method, p.warmup, p.depth) == (method, warmup, depth)
-            ]
+            shallow = best if math.isnan(shallow) else shallow
+            losses = [loss for found in by_rate.values() for loss in found]
             diverged = sum(not loss < chance for loss in losses)
             at_shallow = means.get(shallow, math.nan)
-            found = (best, means[best], at_shallow, diverged, len(losses))
-            lines.append(Line(method, warmup, depth, *found))
+            numbers = (best, means[best], at_shallow, diverged, len(losses))
+            lines.append(Line(method, warmup, depth, *numbers))
     return lines
 
 
@@ -88,10 +82,9 @@ def figure(results: Results, file: Path) -> None:
     panels = []
     rates = sorted({point.lr for point in results.rows})
     for method, warmup in _groups(results):
-        depths = sorted({p.depth for p in results.rows if (p.method, p.warmup) == (method, warmup)})
         curves = [
-            Curve(f"{depth} layers", sorted(_means(results, method, warmup, depth).items()))
-            for depth in depths
+            Curve(f"{depth} layers", sorted(_means(by_rate).items()))
+            for depth, by_rate in _losses(results, method, warmup).items()
         ]
         title = f"{method}, warm-up {warmup}"
         axes = ("learning rate", "validation loss, bits")
@@ -103,13 +96,19 @@ def _groups(results: Results) -> list[tuple[str, int]]:
     return list(dict.fromkeys((point.method, point.warmup) for point in results.rows))
 
 
-def _means(results: Results, method: str, warmup: int, depth: int) -> dict[float, float]:
-    """Learning rate -> mean loss over seeds."""
-    losses: dict[float, list[float]] = {}
+def _losses(results: Results, method: str, warmup: int) -> dict[int, dict[float, list[float]]]:
+    """Depth, from the shallowest on -> learning rate -> the loss of every seed."""
+    found: dict[int, dict[float, list[float]]] = {}
     for point, result in results.rows.items():
-        if (point.method, point.warmup, point.depth) == (method, warmup, depth):
-            losses.setdefault(point.lr, []).append(result.valid_loss)
-    return {lr: statistics.fmean(found) for lr, found in losses.items()}
+        if (point.method, point.warmup) == (method, warmup):
+            by_rate = found.setdefault(point.depth, {})
+            by_rate.setdefault(point.lr, []).append(result.valid_loss)
+    return dict(sorted(found.items()))
+
+
+def _means(by_rate: dict[float, list[float]]) -> dict[float, float]:
+    """Learning rate -> mean loss over seeds."""
+    return {lr: statistics.fmean(losses) for lr, losses in by_rate.items()}
 
 
 def _finite(loss: float) -> float:
