@@ -30,23 +30,44 @@ def outputs_of(net: nn.Module, inputs: Inputs, replaced: Mapping[str, Tensor] | 
         replaced: Parameters that take other values in this call, by name.
     """
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    values = {**buffers, **(replaced or {})}
+    values = {**buffers, **_for_every_holder(net, replaced or {})}
     args, options = arguments_of(inputs)
     devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
-        return functional_call(net, values, args, options)
+        return functional_call(net, values, args, options, tie_weights=False)
+
+
+def _for_every_holder(net: nn.Module, replaced: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values under all names of a parameter that several modules share.
+
+    ``functional_call`` would find them itself, but it loses the parameters of a module that has two
+    names.
+    """
+    own = dict(net.named_parameters()) if replaced else {}
+    values = {id(own[name]): value for name, value in replaced.items()}
+    return {
+        f"{path}.{name}" if path else name: values[id(parameter)]
+        for path, module in net.named_modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in values
+    }
 
 
 @contextlib.contextmanager
-def in_training_mode(net: nn.Module) -> Iterator[None]:
-    """Every module of ``net`` in training mode, and in its own again after."""
+def in_mode(net: nn.Module, train: bool) -> Iterator[None]:
+    """Every module of ``net`` in training mode or not, and in its own again after."""
     modes = {module: module.training for module in net.modules()}
     try:
-        net.train()
+        net.train(train)
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def in_training_mode(net: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Every module of ``net`` in training mode, and in its own again after."""
+    return in_mode(net, train=True)
 
 
 def logits_of(net: nn.Module, inputs: Inputs, replaced: Mapping[str, Tensor] | None = None) -> Any:
@@ -120,11 +141,7 @@ def modules_named(net: nn.Module, chosen: Iterable[str | nn.Module]) -> dict[nn.
 
 def first_tensor(value: Any) -> Tensor | None:
     """The first floating-point tensor of an output: itself, or one in a tuple, list or dict."""
-    if isinstance(value, Tensor):
-        return value if value.is_floating_point() else None
-    parts = value.values() if isinstance(value, Mapping) else value
-    found = map(first_tensor, parts if isinstance(value, (tuple, list, Mapping)) else ())
-    return next((tensor for tensor in found if tensor is not None), None)
+    return next(iter(float_tensors(value)), None)
 
 
 def arguments_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -142,6 +159,17 @@ def _leaf(value: Any) -> Any:
 def _hint(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def float_tensors(value: Any) -> list[Tensor]:
+    """The floating-point tensors of an output, wherever they are in it."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [tensor for part in value for tensor in float_tensors(part)]
 
 
 def converted(value: Any, dtype: torch.dtype) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -12,7 +13,7 @@ from fixup_core.convert.attach import (
     attach_before_,
     attach_multiplier_,
 )
-from fixup_core.convert.plan import ConversionPlan, PlannedNorm
+from fixup_core.convert.plan import ConversionPlan, PlannedBranch, PlannedNorm
 from fixup_core.convert.survey import Layer
 from fixup_core.rules.branches import (
     ResidualBranch,
@@ -24,7 +25,14 @@ from fixup_core.rules.frozen import RemovedNorm, frozen_norms
 from fixup_core.rules.method import Method
 from fixup_core.rules.placed import placed_constants
 from fixup_core.rules.scalars import scalars
-from fixup_core.rules.standards import HE_PER_GROUP, XAVIER_UNIFORM
+from fixup_core.rules.standards import (
+    FORWARD,
+    FORWARD_ACTIVATED,
+    HE_PER_GROUP,
+    TOKEN_NORMAL,
+    XAVIER_PER_EXPERT,
+    XAVIER_UNIFORM,
+)
 
 ATTENTION_ROLES = {
     "in_proj_weight": "value",
@@ -35,6 +43,10 @@ ATTENTION_ROLES = {
 }
 """Of the weights of ``nn.MultiheadAttention``. The packed matrix is a factor of the branch by its
 values alone."""
+
+
+STANDARDS = {"conv": HE_PER_GROUP, "experts": XAVIER_PER_EXPERT}
+"""By the role of a layer; Xavier's for all others."""
 
 
 def apply_(net: nn.Module, plan: ConversionPlan, method: Method, frozen: bool) -> None:
@@ -54,8 +66,7 @@ def apply_(net: nn.Module, plan: ConversionPlan, method: Method, frozen: bool) -
     _attach_scalars_(net, plan, method)
     if not collect_branches(net):
         net.residual_branches = Declared(  # type: ignore[assignment]
-            ResidualBranch(branch.name, tuple(layers[layer] for layer in branch.layers))
-            for branch in plan.branches
+            declared_branch(branch, layers) for branch in plan.branches
         )
     if not collect_classifiers(net):
         net.classifier_layers = Declared(  # type: ignore[assignment]
@@ -63,6 +74,30 @@ def apply_(net: nn.Module, plan: ConversionPlan, method: Method, frozen: bool) -
             replace(layers[layer], standard=None)
             for layer in plan.head
         )
+    anew = [*(trunk_layer(net, layer) for layer in plan.trunk), *_tokens(net, plan.tokens)]
+    if anew:
+        net.standard_layers = Declared(anew)  # type: ignore[assignment]
+
+
+def trunk_layer(net: nn.Module, layer: Layer) -> WeightLayer:
+    """A layer outside the branches, drawn so that it keeps the size of what comes in."""
+    standard = FORWARD_ACTIVATED if layer.activated else FORWARD
+    return replace(weight_layer(net, layer), standard=standard)
+
+
+def _tokens(net: nn.Module, names: tuple[str, ...]) -> list[WeightLayer]:
+    paths = [name.rpartition(".") for name in names]
+    return [
+        WeightLayer(net.get_submodule(path), name, bias="", standard=TOKEN_NORMAL)
+        for path, _, name in paths
+    ]
+
+
+def declared_branch(branch: PlannedBranch, layers: Mapping[Layer, WeightLayer]) -> ResidualBranch:
+    """A branch of a plan as the rules take it."""
+    ends = [n for n, layer in enumerate(branch.layers) if layer in branch.ends and branch.zero]
+    own = tuple(layers[layer] for layer in branch.layers)
+    return ResidualBranch(branch.name, own, m=branch.m or None, ends=tuple(ends))
 
 
 def weight_layer(net: nn.Module, layer: Layer) -> WeightLayer:
@@ -78,7 +113,7 @@ def weight_layer(net: nn.Module, layer: Layer) -> WeightLayer:
         name,
         layer.bias.rpartition(".")[2] if layer.bias else "",
         role=role,
-        standard=HE_PER_GROUP if role == "conv" else XAVIER_UNIFORM,
+        standard=STANDARDS.get(role, XAVIER_UNIFORM),
         copies=layer.copies,
     )
 
@@ -87,7 +122,10 @@ def _role(net: nn.Module, layer: Layer) -> str:
     unit = net.get_submodule(layer.unit) if layer.unit else None
     if isinstance(unit, nn.MultiheadAttention):
         return ATTENTION_ROLES[layer.weight.removeprefix(f"{layer.unit}.")]
-    return "conv" if net.get_parameter(layer.weight).dim() > 2 else "fc"
+    weight = net.get_parameter(layer.weight)
+    if weight.dim() == 3 and not hasattr(net.get_submodule(layer.unit), "kernel_size"):
+        return "experts"
+    return "conv" if weight.dim() > 2 else "fc"
 
 
 def _remove_norms_(

@@ -7,17 +7,19 @@ planned before anything is changed; where ``fixup_`` raises, the network is as i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Generator, nn
 
 from fixup_core.convert.apply import apply_
 from fixup_core.convert.calibration import calibrate_
+from fixup_core.convert.check import check_alive, seen_before
 from fixup_core.convert.plan import Branches, ConversionPlan, Head, declared_plan
 from fixup_core.convert.traced_plan import traced_plan
 from fixup_core.convert.undo import undone_if_it_fails
 from fixup_core.errors import UserError
 from fixup_core.probing import Inputs
-from fixup_core.rules.branches import collect_branches, collect_places
+from fixup_core.rules.branches import Place, collect_branches, collect_places
 from fixup_core.rules.init import initialise_
 from fixup_core.rules.method import Method
 from fixup_core.rules.methods import check_defined, method_named
@@ -27,11 +29,13 @@ from fixup_core.rules.report import ConversionReport, ConvertedBranch, InitRepor
 from fixup_core.rules.scalars import scalars
 from fixup_core.rules.standards import NORMS
 
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 
 def fixup_(
     net: nn.Module,
-    *,
     example_inputs: Inputs | None = None,
+    *,
     method: str | Method = "fixup",
     branches: Branches | None = None,
     head: Head = None,
@@ -39,6 +43,7 @@ def fixup_(
     norm_types: tuple[type[nn.Module], ...] = (),
     allow: Sequence[str] = (),
     calibrate: bool = False,
+    check: bool = True,
     generator: Generator | None = None,
     verbose: bool = True,
 ) -> ConversionReport:
@@ -48,8 +53,9 @@ def fixup_(
     a bias before every weight layer of a branch, before the head and before every activation, a
     multiplier behind every branch. The weights in the branches are drawn anew by the rules; the
     last layer of each branch and the head are 0. What lies outside the branches (stem, projections,
-    embeddings) stays as it is, as do gates. Parameters keep their names, and parametrised weights
-    (weight norm's) their parametrisation.
+    embeddings) stays as it is, as do gates; but for layers whose size a removed norm alone had set,
+    which are drawn by He's forward rule, and class tokens at 0, which are drawn too. Parameters
+    keep their names, and parametrised weights (weight norm's) their parametrisation.
 
     Differs: m counts the layers whose product a branch is. In attention these are values and
     output, m = 2, where the paper counts queries and keys too, m = 4; with 4 one step's change
@@ -77,18 +83,24 @@ def fixup_(
             branches, or before a branch's first layer, become constants (``convert.calibration``).
             Not in the paper; LSUV sets weights by a batch (Mishkin and Matas 2016), this sets
             scalars and constants alone. Clip the gradients of such a network.
+        check: Call the network with ``example_inputs``, once as it was and three times converted,
+            forward and backward on copies of its parameters, and report what does not learn. It
+            takes a few steps' time and memory; on the meta device nothing is called.
         generator: Source of the random numbers; PyTorch's own by default.
         verbose: Print the report.
 
     Returns:
-        What was found and done; ``str()`` of it is a table.
+        What was found and done; ``str()`` of it is a table. Branches that no rule covers stay as
+        they are, and the report says which and why: with branches in them, used elsewhere too, of
+        weights that are shared or computed.
 
     Raises:
-        UserError: There is no branch, or one of one weight layer, with branches in it, with layers
-            side by side, or that is used elsewhere; a weight is used twice; a parameter that would
-            be written is frozen, or no rule covers it; a parametrised weight cannot take every
-            value (spectral norm's); the network cannot be traced; the method has norms, or needs
-            multipliers where a branch can have none. The network is as it was.
+        UserError: The call fails; there is no branch, or more are left out than there are others; a
+            parameter that would be written is frozen, or no rule covers it; a parametrised weight
+            cannot take every value (spectral norm's); the network cannot be traced; the method has
+            norms, or needs multipliers where a branch can have none; the converted network gives
+            numbers that are not finite, or nothing in its branches learns. The network is as it
+            was.
     """
     method = check_defined(
         method_named(method),
@@ -99,12 +111,17 @@ def fixup_(
         raise UserError(
             f"{type(net).__name__} has Fixup's scalars already: fixup_init_ draws it anew"
         )
+    if isinstance(net, WRAPPERS):
+        raise UserError(f"convert the network before {type(net).__name__} wraps it")
     if calibrate:
         _check_calibration(method, example_inputs, keep_norms)
+    looked = check and example_inputs is not None
+    before = seen_before(net, example_inputs) if looked and example_inputs is not None else None
     norm_types = (*NORMS, *norm_types)
     with plain_weights(net) as parametrised:
         if branches is None and not collect_branches(net):
-            plan = traced_plan(net, example_inputs, head, norm_types, keep_norms, allow)
+            redraw = not (keep_norms or calibrate)
+            plan = traced_plan(net, example_inputs, head, norm_types, keep_norms, allow, redraw)
         else:
             plan = declared_plan(net, branches, head, norm_types, keep_norms)
         plan.check(net)
@@ -120,6 +137,11 @@ def fixup_(
             if calibrate and example_inputs is not None:
                 calibrate_(net, example_inputs, plan)
             report = _report(net, plan, method, init, calibrate)
+            if before is not None and example_inputs is not None:
+                inner = [name for branch in report.branches for name in branch.layers]
+                heads = [layer.unit for layer in plan.head]
+                notes = check_alive(net, example_inputs, before, inner, heads)
+                report = replace(report, notes=(*report.notes, *notes))
     if verbose:
         print(report)
     return report
@@ -183,6 +205,7 @@ def _report(
         frozen=frozen,
         scalars=sum(1 for _ in scalars(net)),
         kept=kept,
+        left_out=plan.left_out,
         notes=(*plan.notes, *notes),
         init=init,
     )
@@ -198,12 +221,17 @@ def _on_branches(net: nn.Module, method: Method) -> list[str]:
 
 
 def _converted(net: nn.Module, plan: ConversionPlan, method: Method) -> tuple[ConvertedBranch, ...]:
-    first = [place for place in collect_places(net) if place.position == 0]
+    places = collect_places(net)
+    scaled: dict[int, Place] = {}
+    for place in places:
+        if not (place.last and method.zero_last):
+            scaled.setdefault(id(place.branch), place)
+    first = [place for place in places if place.position == 0]
     return tuple(
         ConvertedBranch(
             branch.name,
             place.branch.layers_per_branch,
-            method.factor(place),
+            method.factor(scaled[id(place.branch)]) if id(place.branch) in scaled else 0.0,
             tuple(layer.weight for layer in branch.layers),
             branch.gates,
         )

@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import nn
 
+from fixup_core.convert.norms import norm_paths
 from fixup_core.convert.survey import Layer
-from fixup_core.convert.tracing import norm_paths
 from fixup_core.errors import UserError
 from fixup_core.probing import modules_named
 from fixup_core.rules.branches import WeightLayer, collect_branches, collect_classifiers
@@ -20,11 +20,26 @@ Head = str | Literal[False] | None
 
 @dataclass(frozen=True)
 class PlannedBranch:
-    """A residual branch: its name, its weight layers in order, the weights of its gates."""
+    """A residual branch.
+
+    Attributes:
+        name: Of the module that adds it.
+        layers: In the order of the forward pass.
+        gates: Names of weights in it that do not multiply it.
+        m: Of the rules, where layers stand side by side; 0: all layers.
+        zero: Its last layers start at 0.
+    """
 
     name: str
     layers: tuple[Layer, ...]
     gates: tuple[str, ...] = ()
+    m: int = 0
+    zero: bool = True
+
+    @property
+    def ends(self) -> tuple[Layer, ...]:
+        """Its last layers."""
+        return tuple(layer for layer in self.layers if layer.last) or self.layers[-1:]
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,9 @@ class ConversionPlan:
         after: Modules that get a scalar bias on their output.
         norms: Normalisation layers to be removed.
         gains: Parameters that multiply a branch element by element.
+        trunk: Layers outside the branches that will be drawn anew.
+        tokens: Parameters at 0 that will be drawn.
+        left_out: Residual branches that stay as they are, and why.
         notes: What the user should know.
     """
 
@@ -67,16 +85,20 @@ class ConversionPlan:
     after: tuple[str, ...]
     norms: tuple[PlannedNorm, ...]
     gains: tuple[str, ...] = ()
+    trunk: tuple[Layer, ...] = ()
+    tokens: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def layers(self) -> tuple[Layer, ...]:
-        """Those of the branches, then the head's."""
-        return (*(layer for branch in self.branches for layer in branch.layers), *self.head)
+        """Those of the branches, then the head's, then those between them."""
+        inner = (layer for branch in self.branches for layer in branch.layers)
+        return (*inner, *self.head, *self.trunk)
 
     def written(self) -> tuple[str, ...]:
         """Names of the parameters that will be written."""
         names = [name for layer in self.layers() for name in (layer.weight, layer.bias) if name]
-        return (*names, *self.gains)
+        return (*names, *self.gains, *self.tokens)
 
     def freezable(self) -> tuple[str, ...]:
         """Paths of the norms that can be frozen."""
@@ -125,8 +147,8 @@ def declared_plan(
     before = [layer.unit for branch in planned for layer in branch.layers]
     before += [layer.unit for layer in last_layers]
     # The output of a branch's last layer is multiplied; a bias belongs behind the others alone.
-    ends = [branch.layers[-1].unit for branch in planned]
-    after = [layer.unit for branch in planned for layer in branch.layers[:-1]]
+    ends = [layer.unit for branch in planned for layer in branch.ends]
+    after = [layer.unit for branch in planned for layer in branch.layers]
     paths = () if keep_norms else norm_paths(net, norm_types)
     return ConversionPlan(
         branches=planned,
@@ -184,10 +206,8 @@ def _named(net: nn.Module, branches: Branches) -> tuple[PlannedBranch, ...]:
 
 
 def _branch(name: str, layers: Sequence[Layer]) -> PlannedBranch:
-    if len(layers) < 2:
-        raise UserError(
-            f"the branch {name!r} has {len(layers)} weight layer(s): rule 2 is for two or more"
-        )
+    if not layers:
+        raise UserError(f"the branch {name!r} has no weight layer: name one or more")
     return PlannedBranch(name, tuple(layers))
 
 

@@ -10,13 +10,16 @@ from functools import cached_property
 from torch import nn
 from torch.fx import Node
 
-from fixup_core.convert.joins import FoundBranch, find_branches, near_joins
+from fixup_core.convert.joins import FoundBranch, Joins, LeftOut, near_joins, with_gates
+from fixup_core.convert.norms import all_norm_paths, loses_its_size
 from fixup_core.convert.operations import (
     ACTIVATIONS,
     BOUNDED,
     DROPPING,
     LEFT_ALONE,
+    MEASURING,
     NEARLY_JOINING,
+    NORMALISING,
     VIEWS,
 )
 from fixup_core.convert.tracing import Trace, Use, holder_of, operation, owner
@@ -35,6 +38,8 @@ class Layer:
             the attention it is part of; empty where a function uses the weight.
         copies: How many factors of the branch it is.
         enters: What comes in flows from the branch's start; not so keys and values of an encoder.
+        last: No other layer of its branch follows.
+        activated: What comes in has gone through an activation.
     """
 
     weight: str
@@ -42,6 +47,8 @@ class Layer:
     unit: str
     copies: int = 1
     enters: bool = True
+    last: bool = False
+    activated: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,44 +76,86 @@ class Survey:
     Attributes:
         trace: The network's graph.
         branches: Its residual branches.
+        left_out: Those that no rule covers, and why.
         uses: Every product with a weight that reaches an output.
 
     Raises:
-        UserError: The network cannot be traced, has no residual branch, or has one that no rule
-            covers.
+        UserError: The network cannot be traced, or has no residual branch that a rule covers.
     """
 
     def __init__(
         self, net: nn.Module, inputs: Inputs, norm_types: tuple[type[nn.Module], ...]
     ) -> None:
         self.net = net
-        self.trace = Trace(net, inputs, norm_types)
-        self.branches = find_branches(self.trace)
-        if not self.branches:
-            raise UserError(_nothing_found(net, self.trace))
+        self.trace = Trace(net, inputs)
+        self.trace.norms = all_norm_paths(net, self.trace, norm_types)
         visible = [node for node in self.trace.nodes if node in self.trace.visible]
         self.uses = [use for node in visible if (use := self.trace.use(node))]
+        joins = Joins(self.trace)
+        self.branches, shared = _with_weights_of_their_own(self.trace, joins.branches, self.uses)
+        self.left_out = (*joins.left_out, *shared)
+        if not self.branches or len(self.left_out) > len(self.branches):
+            raise UserError(_nothing_found(net, self.trace, self.left_out))
 
     def layers(self, branch: FoundBranch) -> tuple[Layer, ...]:
         """The weight layers of a branch, in order."""
-        copies = Counter(use.weight for use in branch.layers)
-        layers = []
-        for use in dict.fromkeys(branch.layers):
-            enters = self.trace.depends(self.trace.flowing(use.node)[0], branch.start)
-            layers.append(Layer(use.weight, use.bias, self._unit(use), copies[use.weight], enters))
-        return tuple(layers)
+        copies = Counter(use.weight for use in branch.product)
+        return tuple(
+            Layer(
+                use.weight,
+                use.bias,
+                self.unit(use),
+                copies=max(1, copies[use.weight]),
+                enters=self.trace.depends(use.given, branch.start),
+                last=use in branch.ends,
+            )
+            for use in branch.layers
+        )
+
+    def ends(self, branch: FoundBranch) -> list[str]:
+        """The units of a branch's last layers."""
+        return [layer.unit for layer in self.layers(branch) if layer.last]
 
     @cached_property
     def last_layers(self) -> tuple[Layer, ...]:
-        """The weight layers outside the branches that none, and no branch, follows."""
+        """The weight layers outside the branches that none, and no branch, follows; without those
+        whose output is divided by its own length, which cannot be 0.
+        """
+        return tuple(layer for layer in self._followed_by_none if layer not in self.measured)
+
+    @cached_property
+    def measured(self) -> tuple[Layer, ...]:
+        """The last layers whose output is divided by its own length."""
+        ends = {use.weight: use.node for use in self.uses}
+        return tuple(
+            layer
+            for layer in self._followed_by_none
+            if loses_its_size(self.trace, ends[layer.weight])
+        )
+
+    @cached_property
+    def normalising(self) -> list[Node]:
+        """The operations that normalise outside of the normalisation layers."""
+        return [
+            node
+            for node in self.trace.nodes
+            if operation(node) in NORMALISING | MEASURING
+            and node in self.trace.visible
+            and node in self.trace.sources
+            and not self.trace.norms_of(node)
+        ]
+
+    @cached_property
+    def _followed_by_none(self) -> tuple[Layer, ...]:
         later = [use.node for use in self.uses] + [branch.join for branch in self.branches]
         ends = {
             use.weight: use
             for use in self.uses
             if use.node not in self.branch_products
+            and not use.computed
             and not any(self.trace.depends(n, use.node) for n in later if n is not use.node)
         }
-        return tuple(Layer(use.weight, use.bias, self._unit(use)) for use in ends.values())
+        return tuple(Layer(use.weight, use.bias, self.unit(use)) for use in ends.values())
 
     @cached_property
     def branch_products(self) -> set[Node]:
@@ -126,7 +175,7 @@ class Survey:
         """The parameters of a branch that are neither weights nor gains, and the operations that
         use them; without those operations that need no rule.
         """
-        for node in sorted(branch.inside, key=self.trace.order.__getitem__):
+        for node in sorted(branch.way, key=self.trace.order.__getitem__):
             needs_none = operation(node) in LEFT_ALONE | VIEWS or self.trace.norms_of(node)
             if needs_none or self.trace.use(node):
                 continue
@@ -137,10 +186,10 @@ class Survey:
 
     def activations(self) -> Iterator[Activation]:
         """Every activation, in the order of the forward pass."""
-        ends = {branch.join: self.layers(branch)[-1].unit for branch in self.branches}
+        ends = {branch.join: self.ends(branch)[-1] for branch in self.branches}
         gates = {use.node for branch in self.branches for use in branch.gates}
         # Nothing in a gate gets scalars, as it stays what its author made it.
-        ends |= {use.node: self._unit(use) for use in self.uses if use.node not in gates}
+        ends |= {use.node: self.unit(use) for use in self.uses if use.node not in gates}
         for node in self.trace.nodes:
             # What is bounded is a gate or a softmax, no activation of rule 3.
             if operation(node) in ACTIVATIONS - BOUNDED and node in self.trace.visible:
@@ -184,7 +233,8 @@ class Survey:
         """Every weight layer and join."""
         return {use.node for use in self.uses} | {branch.join for branch in self.branches}
 
-    def _unit(self, use: Use) -> str:
+    def unit(self, use: Use) -> str:
+        """Path of the module to which the scalars of a weight layer can be attached; else empty."""
         path = owner(use.node)
         module = self.net.get_submodule(path)
         # Attention uses the weights of its output layer without calling it: hooks on that layer
@@ -204,7 +254,52 @@ def weights_outside(survey: Survey, head: Collection[Layer]) -> list[str]:
     return [u.weight for u in survey.uses if u.node not in survey.inside and u.weight not in known]
 
 
-def _nothing_found(net: nn.Module, trace: Trace) -> str:
+def _with_weights_of_their_own(
+    trace: Trace, branches: list[FoundBranch], uses: list[Use]
+) -> tuple[list[FoundBranch], list[LeftOut]]:
+    """The branches whose weights are used there alone, and once; and the others."""
+    users: dict[str, set[Node]] = {}
+    for use in uses:
+        users.setdefault(use.weight, set()).add(use.node)
+    places = Counter(
+        weight
+        for branch in branches
+        for weight in {use.weight for use in (*branch.layers, *branch.gates)}
+    )
+    shared = {weight for weight, nodes in users.items() if len(nodes) > 1 or places[weight] > 1}
+    branches = [with_gates(trace, branch, shared) for branch in branches]
+    owners = Counter(weight for b in branches for weight in {use.weight for use in b.layers})
+    own, left_out = [], []
+    for branch in branches:
+        reason = _shared(branch, users, owners)
+        if reason:
+            left_out.append(LeftOut(branch.place, f"{reason}: rule 2 is for weights of its own"))
+        else:
+            own.append(branch)
+    return own, left_out
+
+
+def _shared(branch: FoundBranch, users: Mapping[str, set[Node]], owners: Counter[str]) -> str:
+    """Where else a weight of the branch is used; empty where none is."""
+    for weight in dict.fromkeys(use.weight for use in branch.layers):
+        # A packed matrix of queries, keys and values may be used twice in its own branch.
+        elsewhere = users[weight] - branch.inside
+        if elsewhere:
+            places = sorted({owner(node) or "the network itself" for node in elsewhere})
+            return f"{weight} is used in {' and in '.join(places[:3])} too"
+        if owners[weight] > 1:
+            return f"{weight} lies in {owners[weight]} branches"
+    return ""
+
+
+def _nothing_found(net: nn.Module, trace: Trace, left_out: Collection[LeftOut]) -> str:
+    if left_out:
+        first, *more = left_out
+        others = f" (and {len(more)} more)" if more else ""
+        return (
+            f"no rule covers most residual branches of {type(net).__name__}: {first}{others}; name "
+            "those to be taken by branches="
+        )
     near = ", ".join(near_joins(trace, set(), NEARLY_JOINING | {"cat", "mul"})[:3])
     joined = f"; paths are joined otherwise than by addition in {near}" if near else ""
     return (

@@ -17,7 +17,8 @@ from fixup_core.convert.plan import (
     planned_head,
 )
 from fixup_core.convert.survey import Layer, Survey, weights_outside
-from fixup_core.convert.tracing import operation, owner
+from fixup_core.convert.tracing import operation, owner, place_of
+from fixup_core.convert.trunk import empty_tokens, unsized_layers
 from fixup_core.errors import UserError
 from fixup_core.probing import Inputs
 
@@ -29,8 +30,11 @@ def traced_plan(
     norm_types: tuple[type[nn.Module], ...],
     keep_norms: bool,
     allow: Sequence[str],
+    redraw: bool,
 ) -> ConversionPlan:
     """What the network's graph asks for; the arguments are those of ``fixup_``.
+
+    ``redraw``: draw the layers outside the branches anew that only a norm had sized.
 
     Raises:
         UserError: As ``fixup_core.convert.convert.fixup_`` says.
@@ -38,7 +42,6 @@ def traced_plan(
     if inputs is None:
         raise UserError("give fixup_ a batch, example_inputs=, or name the branches= yourself")
     survey = Survey(net, inputs, norm_types)
-    _check_shared(survey)
     if not keep_norms:
         _check_functions(survey)
     _check_covered(survey, allow)
@@ -53,18 +56,22 @@ def traced_plan(
         branches=branches,
         head=last_layers,
         before=distinct([*before, *(layer.unit for layer in last_layers)]),
-        multiplied=distinct(branch.layers[-1].unit for branch in branches),
+        multiplied=distinct(layer.unit for branch in branches for layer in branch.ends),
         # Where a norm was, the bias takes its place.
         after=distinct(a.unit for a in activations if not a.norms),
         norms=() if keep_norms else _norms(survey, last_layers, biased),
         gains=distinct(name for branch in survey.branches for name in branch.gains),
+        trunk=unsized_layers(survey, last_layers) if redraw else (),
+        tokens=empty_tokens(survey),
+        left_out=tuple(map(str, survey.left_out)),
         notes=tuple(_notes(survey, branches, last_layers, keep_norms)),
     )
 
 
 def _planned(survey: Survey, number: int, found: FoundBranch) -> PlannedBranch:
     gates = tuple(use.weight for use in found.gates)
-    return PlannedBranch(found.name or f"addition {number}", survey.layers(found), gates)
+    name = found.name or f"addition {number}"
+    return PlannedBranch(name, survey.layers(found), gates, found.m, zero=not found.rectified)
 
 
 def _norms(
@@ -73,9 +80,8 @@ def _norms(
     freezable = _freezable(survey, {layer.weight for layer in head})
     starting: dict[str, list[str]] = {path: [] for path in freezable}
     for branch in survey.branches:
-        end = survey.layers(branch)[-1].unit
         for path in _norms_before_the_first_layer(survey, branch) & freezable:
-            starting[path].append(end)
+            starting[path] += survey.ends(branch)
     return tuple(
         PlannedNorm(path, path in biased, path in freezable, distinct(starting.get(path, ())))
         for path in survey.trace.norms
@@ -99,7 +105,7 @@ def _norms_before_the_first_layer(survey: Survey, branch: FoundBranch) -> set[st
     branch.
     """
     trace = survey.trace
-    entering = trace.flowing(branch.layers[0].node)[0]
+    entering = branch.layers[0].given
     return {
         path
         for path, node in survey.norm_calls
@@ -119,6 +125,27 @@ def _notes(
         notes.append(
             f"{len(outside)} weight layers lie outside the branches, more than there are branches; "
             "without norms nothing keeps the size of what they pass on"
+        )
+    notes += [
+        f"{layer.weight} stays: what it gives is divided by its own length"
+        for layer in survey.measured
+    ]
+    if not keep_norms and survey.normalising:
+        places = list(dict.fromkeys(map(place_of, survey.normalising)))
+        notes.append(
+            f"normalisation is left where no layer does it alone: {', '.join(places[:3])}"
+            + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+        )
+    returned = [branch.name for branch in survey.branches if branch.returned]
+    if returned:
+        notes.append(
+            f"the network also returns what is computed within its branches ({returned[0]})"
+        )
+    rectified = [b.name or f"addition {n}" for n, b in enumerate(survey.branches) if b.rectified]
+    if rectified:
+        notes.append(
+            "an activation that is 0 at 0 follows the last layers of "
+            f"{', '.join(rectified[:3])}: they are scaled like the others and not 0"
         )
     notes += [f"not taken for a residual branch: {place}" for place in survey.near_joins()]
     layers = [layer for branch in branches for layer in branch.layers]
@@ -148,27 +175,12 @@ def _check_covered(survey: Survey, allow: Sequence[str]) -> None:
         )
 
 
-def _check_shared(survey: Survey) -> None:
-    """Raise unless the weights of branches are used there alone, and once."""
-    places: dict[str, list[str]] = {}
-    for number, branch in enumerate(survey.branches, start=1):
-        for weight in dict.fromkeys(use.weight for use in branch.layers):
-            place = branch.name or "the network itself"
-            places.setdefault(weight, []).append(f"{place} (branch {number})")
-    for use in survey.uses:
-        if use.node not in survey.inside and use.weight in places:
-            places[use.weight].append(owner(use.node) or "the network itself")
-    for weight, where in places.items():
-        if len(where) > 1:
-            raise UserError(
-                f"{weight} is used in {' and in '.join(where[:3])}: rule 2 is for branches "
-                "with weights of their own; give each its own, or leave blocks out by branches="
-            )
-
-
 def _check_functions(survey: Survey) -> None:
-    """Raise unless all normalisation is done by modules."""
+    """Raise unless all normalisation but that of gates is done by modules."""
+    gates = {node for branch in survey.branches for node in branch.inside - branch.way}
     for node in survey.trace.nodes:
+        if node in gates:
+            continue
         if operation(node) in NORMALISING and not survey.trace.norms_of(node):
             raise UserError(
                 f"{owner(node) or 'the network itself'} normalises by a function "

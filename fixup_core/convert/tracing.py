@@ -21,16 +21,26 @@ from torch.fx import Node
 
 from fixup_core.convert.operations import PRODUCTS, UNLEARNT, VIEWS
 from fixup_core.errors import UserError, one_line
-from fixup_core.probing import Inputs, arguments_of, in_training_mode
+from fixup_core.probing import Inputs, arguments_of, in_mode
 
 
 @dataclass(frozen=True)
 class Use:
-    """One product of a signal with a weight: a node, and the parameters' names."""
+    """One product of a signal with a weight: a node, and the parameters' names.
+
+    Attributes:
+        node: The product.
+        given: The signal.
+        weight: Of the weight; of a computed one, of the first parameter that it is computed from.
+        bias: Of the bias vector, if there is one.
+        computed: The weight is computed from parameters, by more than views.
+    """
 
     node: Node
+    given: Node
     weight: str
     bias: str | None
+    computed: bool = False
 
 
 class Trace:
@@ -39,7 +49,6 @@ class Trace:
     Args:
         net: It is traced in training mode, with no numbers computed, and left as it was.
         inputs: A tensor, a tuple of arguments or a mapping of named ones.
-        norm_types: Types of normalisation layers.
 
     Attributes:
         nodes: In the order of the forward pass; ``order`` is each one's number.
@@ -48,34 +57,48 @@ class Trace:
             their numbers.
         outputs: The nodes that the network returns.
         visible: The nodes that these depend on.
-        norms: Paths of the normalisation layers, in module order; of one within another, as in a
-            norm that wraps PyTorch's, only the outer.
+        norms: Paths of the normalisation layers, once ``convert.norms`` has found them.
 
     Raises:
         UserError: The network cannot be traced.
     """
 
-    def __init__(
-        self, net: nn.Module, inputs: Inputs, norm_types: tuple[type[nn.Module], ...]
-    ) -> None:
-        self.norms = norm_paths(net, norm_types)
+    def __init__(self, net: nn.Module, inputs: Inputs) -> None:
+        self.norms: tuple[str, ...] = ()
         program = _exported(net, inputs)
         signature = program.graph_signature
         own = dict(signature.inputs_to_parameters)
-        entering = set(signature.user_inputs)
         self.nodes = list(program.graph.nodes)
         self.order = {node: number for number, node in enumerate(self.nodes)}
+        self._sort(own, set(signature.user_inputs))
+        learnt: set[str] = set()
+        while found := self._learnt_inputs() - learnt:
+            learnt |= found
+            flowing = {name for name, parameter in own.items() if parameter in learnt}
+            self._sort(own, flowing | set(signature.user_inputs))
+        self.outputs = {node for node in self.nodes if node.name in signature.user_outputs}
+        self.visible = self._reaching_outputs()
+
+    def _sort(self, own: dict[str, str], entering: set[str]) -> None:
+        """Say of every node whether it flows, or which parameters alone it depends on."""
         self.parameters: dict[Node, frozenset[str]] = {}
         self.sources: dict[Node, int] = {}
         for node in self.nodes:
-            if node.name in own:
-                self.parameters[node] = frozenset({own[node.name]})
-            elif node.name in entering:
+            if node.name in entering:
                 self.sources[node] = 1 << self.order[node]
+            elif node.name in own:
+                self.parameters[node] = frozenset({own[node.name]})
             elif node.op == "call_function":
                 self._add(node)
-        self.outputs = {node for node in self.nodes if node.name in signature.user_outputs}
-        self.visible = self._reaching_outputs()
+
+    def _learnt_inputs(self) -> frozenset[str]:
+        """Parameters that go through a linear layer, as learnt queries do: they are inputs."""
+        for node in self.nodes:
+            if node in self.parameters and operation(node) == "linear":
+                entering = self.parameters.get(node.args[0])
+                if entering:
+                    return entering
+        return frozenset()
 
     def _reaching_outputs(self) -> set[Node]:
         """The nodes that an output depends on; those of running statistics are left out."""
@@ -113,41 +136,22 @@ class Trace:
         return self.nodes[common.bit_length() - 1] if common else None
 
     def use(self, node: Node) -> Use | None:
-        """The weight that a node multiplies its one flowing argument by, if it is such a product.
-
-        Raises:
-            UserError: The weight is computed from parameters, by more than views.
-        """
-        if operation(node) not in PRODUCTS or len(self.flowing(node)) != 1:
+        """The weight that a node multiplies its one flowing argument by, if it does."""
+        flowing = floating(self.flowing(node)) if operation(node) in PRODUCTS else []
+        if len(flowing) != 1:
             return None
         constant = [n for n in node.all_input_nodes if self.parameters.get(n)]
         # A vector is a bias, or a gain in the shape of a product: no weight layer.
         matrices = [n for n in constant if len(shape_of(n) or ()) > 1]
         if not matrices:
             return None
-        names = self.parameters[matrices[0]]
-        if len(names) > 1 or not is_view(matrices[0]):
-            raise UserError(
-                f"the weight of {owner(node) or 'the network'} is computed from "
-                f"{', '.join(sorted(names))}: make it a parameter first "
-                "(for weight norm: torch.nn.utils.remove_weight_norm)"
-            )
-        name = next(iter(names))
+        computed = len(self.parameters[matrices[0]]) > 1 or not is_view(matrices[0])
+        name = min(self.parameters[matrices[0]])
         others = [n for n in constant if n is not matrices[0] and is_view(n)]
         biases = sorted(
             b for n in others for b in self.parameters[n] if holder_of(b) == holder_of(name)
         )
-        return Use(node, name, biases[0] if biases else None)
-
-
-def norm_paths(net: nn.Module, norm_types: tuple[type[nn.Module], ...]) -> tuple[str, ...]:
-    """Paths of the normalisation layers of ``net``: all of a shared one, and the outer of two."""
-    found: dict[str, None] = {}
-    for path, module in net.named_modules(remove_duplicate=False):
-        within = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, norm_types) and not within:
-            found[path] = None
-    return tuple(found)
+        return Use(node, flowing[0], name, biases[0] if biases else None, computed)
 
 
 def operation(node: Node) -> str:
@@ -173,10 +177,26 @@ def stack(node: Node) -> list[str]:
     return [_clean(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
+def first_calls(node: Node) -> list[str]:
+    """The paths of the modules whose first call has a node's operation."""
+    raw = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return [path for path in map(_clean, (p for p in raw if "@" not in p)) if path]
+
+
 def shape_of(node: Node) -> tuple[int, ...] | None:
     """The shape of what a node computes; ``None`` where that is no tensor."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def floating(nodes: list[Node]) -> list[Node]:
+    """Those that are no whole numbers, as the places of experts' tokens are."""
+    values = [node.meta.get("val") for node in nodes]
+    return [
+        node
+        for node, value in zip(nodes, values, strict=True)
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
+    ]
 
 
 def holder_of(parameter: str) -> str:
@@ -198,22 +218,35 @@ def _clean(path: str) -> str:
     return path.removeprefix("L['self'].").removeprefix("L['self']").split("@")[0]
 
 
+WAYS: tuple[dict[str, Any], ...] = ({"train": True}, {"train": False}, {"strict": True})
+"""To trace a network, one after the other: as it trains, as it is evaluated, by TorchDynamo."""
+
+
 def _exported(net: nn.Module, inputs: Inputs) -> ExportedProgram:
+    first: Exception | None = None
+    for way in WAYS:
+        try:
+            return _exported_by(net, inputs, **way)
+        except Exception as error:
+            first = first or error
+    raise UserError(
+        f"{type(net).__name__} cannot be traced, so its residual branches must be named: "
+        "branches={'block1': ['block1.conv1', 'block1.conv2'], ...} "
+        f"(torch.export: {one_line(str(first))[:200]})"
+    ) from first
+
+
+def _exported_by(
+    net: nn.Module, inputs: Inputs, *, train: bool = True, strict: bool = False
+) -> ExportedProgram:
     args, kwargs = arguments_of(inputs)
-    try:
-        with warnings.catch_warnings(), _masks_taken_at_their_word(), in_training_mode(net):
-            warnings.simplefilter("ignore")
-            program = torch.export.export(net, args, kwargs, strict=False)
-            # Without changes in place, so that the arguments say what a node depends on; the empty
-            # table takes no operation apart: batch norm stays one node.
-            functional: ExportedProgram = program.run_decompositions({})
-            return functional
-    except Exception as error:
-        raise UserError(
-            f"{type(net).__name__} cannot be traced, so its residual branches must be named: "
-            "branches={'block1': ['block1.conv1', 'block1.conv2'], ...} "
-            f"(torch.export: {one_line(str(error))[:200]})"
-        ) from error
+    with warnings.catch_warnings(), _masks_taken_at_their_word(), in_mode(net, train):
+        warnings.simplefilter("ignore")
+        program = torch.export.export(net, args, kwargs, strict=strict)
+        # Without changes in place, so that the arguments say what a node depends on; the empty
+        # table takes no operation apart: batch norm stays one node.
+        functional: ExportedProgram = program.run_decompositions({})
+        return functional
 
 
 @contextlib.contextmanager

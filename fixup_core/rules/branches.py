@@ -89,6 +89,8 @@ class ResidualBranch:
         parts: Modules that belong to the branch beside its layers, such as its multiplier and the
             module that joins it to its shortcut: what in them depends on the place is written
             with the weights.
+        m: The layers of its longest product, where some stand side by side; ``None``: all.
+        ends: Positions of the layers that rule 1 sets to 0; ``None``: of the last one.
     """
 
     name: str
@@ -96,6 +98,8 @@ class ResidualBranch:
     kind: str = ""
     stack: str = ""
     parts: tuple[nn.Module, ...] = ()
+    m: int | None = None
+    ends: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -103,13 +107,14 @@ class ResidualBranch:
 
     @property
     def layers_per_branch(self) -> int:
-        """The m of the rules: all weight layers."""
-        return sum(layer.copies for layer in self.layers)
+        """The m of the rules: all weight layers that stand one behind the other."""
+        return self.m or sum(layer.copies for layer in self.layers)
 
     @property
     def factors(self) -> int:
         """The weight layers whose product the branch is: m without queries and keys."""
-        return sum(layer.copies for layer in self.layers if layer.role not in INSIDE_SOFTMAX)
+        outside = (layer for layer in self.layers if layer.role not in INSIDE_SOFTMAX)
+        return self.m or sum(layer.copies for layer in outside)
 
 
 @dataclass(frozen=True)
@@ -143,8 +148,9 @@ class Place:
 
     @property
     def last(self) -> bool:
-        """Whether it is the branch's last layer."""
-        return self.position == len(self.branch.layers) - 1
+        """Whether it is the branch's last layer, or one of several."""
+        branch = self.branch
+        return self.position in ((len(branch.layers) - 1,) if branch.ends is None else branch.ends)
 
 
 def collect_branches(net: nn.Module) -> list[ResidualBranch]:

@@ -168,6 +168,8 @@ class InitPlan:
             embedding = isinstance(module, nn.Embedding)
             role = "embedding" if embedding else "standard"
             layer = WeightLayer(module, standard=None if embedding else self.method.standard)
+            if id(layer.parameter) not in self.names:
+                continue  # a hook computes it from parameters of other names
             if not self._done(id(layer.parameter)):
                 self._drawn(layer, role, **self._embedding_factor(layer))
             elif not self._done(id(layer.bias_vector)):

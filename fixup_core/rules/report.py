@@ -97,6 +97,7 @@ class ConversionReport:
         frozen: Those among them that stay as constants (``calibrate=True``).
         scalars: How many were added.
         kept: Names of the parameters that are as they were.
+        left_out: Residual branches that no rule covers, and why; they are as they were.
         notes: What a reader should know.
         init: Every parameter that was written.
     """
@@ -109,6 +110,7 @@ class ConversionReport:
     kept: tuple[str, ...]
     notes: tuple[str, ...]
     init: InitReport
+    left_out: tuple[str, ...] = ()
 
     @property
     def num_branches(self) -> int:
@@ -125,6 +127,7 @@ class ConversionReport:
             f"L = {self.num_branches} residual branches; at 0: {', '.join(self.head) or 'nothing'}",
             f"{len(self.removed)} normalisation layers removed{self._frozen()}, "
             f"{self.scalars} scalars added, {len(self.kept)} parameters kept as they were",
+            *(f"left out: {branch}" for branch in self.left_out),
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)

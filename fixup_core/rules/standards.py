@@ -58,6 +58,10 @@ def _xavier_packed(weight: Tensor, module: nn.Module) -> float:
     return scaling.xavier_std(fan_in, 3 * fan_out)
 
 
+def _xavier_per_expert(weight: Tensor, module: nn.Module) -> float:
+    return scaling.xavier_std(*weight.shape[-2:])
+
+
 def _he(weight: Tensor, module: nn.Module) -> float:
     fan_in, fan_out = fans(weight, module)
     return scaling.he_std(fan_in if isinstance(module, nn.Linear) else fan_out)
@@ -70,6 +74,10 @@ def _he_per_group(weight: Tensor, module: nn.Module) -> float:
 
 def _lecun(weight: Tensor, module: nn.Module) -> float:
     return scaling.lecun_std(fans(weight, module)[0])
+
+
+def _he_forward(weight: Tensor, module: nn.Module) -> float:
+    return scaling.he_std(fans(weight, module)[0])
 
 
 def _torch_default(weight: Tensor, module: nn.Module) -> float:
@@ -91,10 +99,17 @@ HE_PER_GROUP = Standard("He normal, per group", _he_per_group)
 """The fan-out of one group: with that of all groups the output of a depthwise convolution would
 shrink by the square root of its channels."""
 XAVIER_UNIFORM = Standard("Xavier uniform", _xavier, "uniform")
+XAVIER_PER_EXPERT = Standard("Xavier uniform, per expert", _xavier_per_expert, "uniform")
+"""Of the matrices of a mixture of experts, [experts, in, out] or [experts, out, in]."""
 PACKED_XAVIER_UNIFORM = Standard("Xavier uniform, packed q/k/v", _xavier_packed, "uniform")
 """The fan of one packed ``3d x d`` matrix of queries, keys and values, as in the authors' code:
 the bound is ``sqrt(6 / (3d + d))`` where separate matrices have ``sqrt(6 / 2d)``."""
 LECUN_NORMAL = Standard("LeCun normal", _lecun)
+FORWARD = Standard("LeCun normal, of the fan-in", _lecun)
+FORWARD_ACTIVATED = Standard("He normal, of the fan-in", _he_forward)
+"""Keeps the size of what comes in: He et al. 2015, equation 10."""
+TOKEN_NORMAL = Standard("normal, 0.02", lambda weight, module: 0.02)
+"""Of class tokens, as vision Transformers draw them (Dosovitskiy et al. 2021, their code)."""
 XAVIER_NORMAL = Standard("Xavier normal", _xavier)
 TORCH_DEFAULT = Standard("PyTorch default", _torch_default, "uniform")
 ORTHOGONAL = Standard("orthonormal", _orthogonal, "orthogonal")
