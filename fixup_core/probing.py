@@ -37,12 +37,21 @@ def outputs_of(net: nn.Module, inputs: Inputs, replaced: Mapping[str, Tensor] | 
         return functional_call(net, values, args, options)
 
 
-@contextlib.contextmanager
-def in_training_mode(net: nn.Module) -> Iterator[None]:
+def in_training_mode(net: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Every module of ``net`` in training mode, and in its own again after."""
+    return _in_mode(net, training=True)
+
+
+def in_evaluation_mode(net: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Every module of ``net`` in evaluation mode, and in its own again after."""
+    return _in_mode(net, training=False)
+
+
+@contextlib.contextmanager
+def _in_mode(net: nn.Module, training: bool) -> Iterator[None]:
     modes = {module: module.training for module in net.modules()}
     try:
-        net.train()
+        net.train(training)
         yield
     finally:
         for module, mode in modes.items():
