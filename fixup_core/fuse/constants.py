@@ -55,10 +55,14 @@ class Affine(nn.Module):
             self.add_module(name, module)
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
-        if self.scale is not None:
-            x = x * _along_channels(self.scale, x)
-        if self.shift is not None:
-            x = x + _along_channels(self.shift, x)
+        parts = (self.scale, self.shift)
+        scale, shift = (None if p is None else _along_channels(p, x) for p in parts)
+        if scale is not None and shift is not None:
+            x = torch.addcmul(shift, x, scale)
+        elif scale is not None:
+            x = x * scale
+        elif shift is not None:
+            x = x + shift
         for step in self.children():
             x = step(x)
         return x

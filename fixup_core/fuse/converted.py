@@ -18,7 +18,7 @@ from fixup_core.convert import attach
 from fixup_core.convert.attach import AFTER, BEFORE, MULTIPLIER, Declared
 from fixup_core.errors import UserError, one_line
 from fixup_core.fuse.constants import NONE, Affine, Numbers, Unnormalised, WithConstants
-from fixup_core.fuse.layers import fold_into_
+from fixup_core.fuse.layers import computes_as, fold_into_
 from fixup_core.probing import in_evaluation_mode
 from fixup_core.rules.frozen import FrozenNorm, RemovedNorm
 from fixup_core.rules.parametrised import plain_copy
@@ -26,12 +26,18 @@ from fixup_core.rules.placed import ChannelMultiplier, PlacedConstant
 from fixup_core.rules.scalars import Scalar
 
 ATTACHED = (BEFORE, MULTIPLIER, AFTER)
+TORCHVISION_BLOCK = "torchvision.models.vision_transformer.EncoderBlock"
 OURS = (Scalar, PlacedConstant, ChannelMultiplier, FrozenNorm, RemovedNorm)
 
 
 def is_converted(net: nn.Module) -> bool:
-    """Whether ``fixup_`` has attached anything to ``net``, or removed a norm."""
-    return any(isinstance(m, RemovedNorm) or _has_scalars(m) for m in net.modules())
+    """Whether ``fixup_`` has changed ``net``."""
+    return any(
+        isinstance(module, RemovedNorm)
+        or _has_scalars(module)
+        or any(isinstance(value, Declared) for value in vars(module).values())
+        for module in net.modules()
+    )
 
 
 @torch.no_grad()
@@ -66,7 +72,7 @@ def fold_converted(net: nn.Module) -> nn.Module:
             # PyTorch's fast path would compute norms that are gone, and skip constants.
             module.activation_relu_or_gelu = 0
     _check_nothing_left(plain)
-    return plain
+    return replaced.get(plain, plain)
 
 
 def _has_scalars(module: nn.Module) -> bool:
@@ -74,16 +80,17 @@ def _has_scalars(module: nn.Module) -> bool:
 
 
 def _attention(net: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
-    """The attention in PyTorch's own layers, and whether keys and values are the queries there."""
+    """The attention in layers whose forward pass is known, and whether keys and values are the
+    queries there.
+    """
     for layer in net.modules():
-        for base in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
-            if isinstance(layer, base) and all(
-                getattr(type(layer), name, None) is getattr(base, name, None)
-                for name in ("forward", "_sa_block", "_mha_block")
-            ):
-                yield layer.get_submodule("self_attn"), True
-                if base is nn.TransformerDecoderLayer:
-                    yield layer.get_submodule("multihead_attn"), False
+        if f"{type(layer).__module__}.{type(layer).__qualname__}" == TORCHVISION_BLOCK:
+            yield layer.get_submodule("self_attention"), True
+        elif computes_as(layer, nn.TransformerEncoderLayer):
+            yield layer.get_submodule("self_attn"), True
+        elif computes_as(layer, nn.TransformerDecoderLayer):
+            yield layer.get_submodule("self_attn"), True
+            yield layer.get_submodule("multihead_attn"), False
 
 
 def _without_norm(norm: RemovedNorm) -> nn.Module:

@@ -39,17 +39,17 @@ def fold_into_(layer: Any, numbers: Numbers, attends_to_itself: bool | None) -> 
     """
     if numbers == NONE:
         return NONE
-    if _computes_as(layer, nn.MultiheadAttention) and _has_own_weight(layer.out_proj):
+    if computes_as(layer, nn.MultiheadAttention) and _has_own_weight(layer.out_proj):
         return _fold_into_attention_(layer, numbers, attends_to_itself)
     if not _has_own_weight(layer):
         return numbers
-    if _computes_as(layer, nn.Linear):
+    if computes_as(layer, nn.Linear):
         _fold_into_weight_(layer, numbers, _double(layer.weight).sum(1))
     elif _is_transposed_linear(layer):
         _fold_into_weight_(layer, numbers, _double(layer.weight).sum(0))
-    elif any(_computes_as(layer, conv) for conv in ALONG):
+    elif any(computes_as(layer, conv) for conv in ALONG):
         return _fold_into_convolution_(layer, numbers)
-    elif any(_computes_as(layer, conv) for conv in TRANSPOSED):
+    elif any(computes_as(layer, conv) for conv in TRANSPOSED):
         return _fold_behind_(layer, numbers)
     else:
         return numbers
@@ -116,8 +116,9 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64)
 
 
-def _computes_as(layer: nn.Module, base: type[nn.Module]) -> bool:
-    methods = ("forward", "_conv_forward", "_output_padding")
+def computes_as(layer: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether the layer has the forward pass of ``base``, one of PyTorch's classes."""
+    methods = ("forward", "_conv_forward", "_output_padding", "_sa_block", "_mha_block")
     return isinstance(layer, base) and not any(
         name in vars(layer) or getattr(type(layer), name, None) is not getattr(base, name, None)
         for name in methods
