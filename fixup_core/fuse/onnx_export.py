@@ -51,6 +51,8 @@ def export_onnx(net: nn.Module, example_inputs: Inputs, file: Path | str) -> flo
             than 1e-4, or a package is missing. Nothing is written.
     """
     _check_packages()
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in net.parameters()):
+        raise UserError("a network in half precision cannot be compared: export net.float()")
     call = _Call.of(net, example_inputs)
     plain = _Flat(fold(net).to("cpu"), call)
     with whole_file(file) as temporary:
@@ -199,9 +201,8 @@ def _write(plain: _Flat, net: nn.Module, call: _Call, file: Path, *, free: bool)
     except UserError:
         raise
     except Exception as error:  # the exporter's, the engine's, the network's at another size
-        raise UserError(
-            f"{type(net).__name__} cannot be exported: {one_line(str(error))}"
-        ) from error
+        reason = one_line(str(error.__cause__ or error).strip().partition("\n")[0])
+        raise UserError(f"{type(net).__name__} cannot be exported: {reason}") from error
     return max(_difference(found, own) for found, own in pairs)
 
 

@@ -469,11 +469,15 @@ def test_nothing_is_written_where_an_export_fails(
     file.write_text("before")
     net = Untraceable()
     fixup_(net, branches=BRANCHES, head="fc", verbose=False)
-    with pytest.raises(UserError, match="Untraceable cannot be exported") as caught:
+    with pytest.raises(
+        UserError, match="Untraceable cannot be exported: Could not guard"
+    ) as caught:
         export_onnx(net, torch.randn(2, 8), file)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="'x' is a set"):
         export_onnx(_attached(nn.Linear(4, 4)), {"x": {1}}, file)
+    with pytest.raises(UserError, match="in half precision"):
+        export_onnx(_attached(nn.Linear(4, 4)).half(), torch.randn(2, 4).half(), file)
     monkeypatch.setattr("fixup_core.fuse.onnx_export.fold", _spoilt)
     with pytest.raises(UserError, match="the outputs of onnxruntime differ"):
         export_onnx(_attached(nn.Linear(4, 4)), torch.randn(2, 4), file)
