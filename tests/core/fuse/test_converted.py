@@ -196,6 +196,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
     "another forward": (lambda: Odd(6, 5), SIGNAL, False),
     "Conv1D": (lambda: Conv1D(5, 6), SIGNAL, True),
     "weight norm": (_parametrised, SIGNAL, True),
+    "spectral norm": (
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5)),
+        SIGNAL,
+        True,
+    ),
     "pruned": (_pruned, SIGNAL, False),
     "1d": (lambda: nn.Conv1d(6, 4, 3, padding=2), (2, 6, 9), True),
     "unpadded": (lambda: nn.Conv2d(6, 4, 3), IMAGE, True),
