@@ -5,6 +5,7 @@ The rules shared by ``fixup_mt`` and ``vision``; needs torch alone.
 
 from fixup_core.convert.convert import fixup_
 from fixup_core.fuse.fold import fold
+from fixup_core.fuse.onnx_export import export_onnx
 from fixup_core.measure.backward_graph import backward_graph
 from fixup_core.measure.bounds import activation_bounds, euler_identity, gradient_bounds
 from fixup_core.measure.depth import (
@@ -62,6 +63,7 @@ __all__ = [
     "collect_branches",
     "depth_check",
     "euler_identity",
+    "export_onnx",
     "fixup_",
     "fixup_init_",
     "fold",

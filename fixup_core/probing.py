@@ -53,6 +53,16 @@ def _for_every_holder(net: nn.Module, replaced: Mapping[str, Tensor]) -> dict[st
     }
 
 
+def in_training_mode(net: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Every module of ``net`` in training mode, and in its own again after."""
+    return in_mode(net, train=True)
+
+
+def in_evaluation_mode(net: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Every module of ``net`` in evaluation mode, and in its own again after."""
+    return in_mode(net, train=False)
+
+
 @contextlib.contextmanager
 def in_mode(net: nn.Module, train: bool) -> Iterator[None]:
     """Every module of ``net`` in training mode or not, and in its own again after."""
@@ -63,11 +73,6 @@ def in_mode(net: nn.Module, train: bool) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def in_training_mode(net: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Every module of ``net`` in training mode, and in its own again after."""
-    return in_mode(net, train=True)
 
 
 def logits_of(net: nn.Module, inputs: Inputs, replaced: Mapping[str, Tensor] | None = None) -> Any:

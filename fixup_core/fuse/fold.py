@@ -1,13 +1,16 @@
 """Networks without scalars, for inference: everything folded into weights and biases.
 
-The fused route (``fixup_core.fuse.ops``) with its constants written down for good: a convolution
-takes the multiplier into its weight and all biases around it into its bias, an activation becomes a
+A network that ``fixup_`` has converted is folded by what is attached to it (``fuse.converted``).
+One that has scalars of its own builds the plain network itself: the fused route
+(``fixup_core.fuse.ops``) with its constants written down for good, where a convolution takes the
+multiplier into its weight and all biases around it into its bias, and an activation becomes a
 floor. Zero padding stays right at the border of an image: the convolution sees what it saw.
 """
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from fixup_core.errors import UserError
 from fixup_core.fuse import ops
+from fixup_core.fuse.converted import fold_converted, is_converted
 from fixup_core.fuse.ops import ActivationScalars
 
 
@@ -48,20 +52,25 @@ def fold(net: nn.Module) -> nn.Module:
     """A plain network with the outputs of ``net`` in evaluation, up to rounding.
 
     Args:
-        net: One that has a ``folded()`` method: those of ``vision.nets``, and any that builds
-            one of ``folded_convolution`` and ``Floor``. It is left as it is.
+        net: One that ``fixup_`` has converted, or that has a ``folded()`` method: those of
+            ``vision.nets``, and any that builds one of ``folded_convolution`` and ``Floor``. It is
+            left as it is.
 
     Returns:
-        A network of its own weights, in evaluation mode.
+        A network of its own weights, in evaluation mode; none of them wants a gradient. What no
+        weight of a converted network can hold stays as constants, which ``print`` shows:
+        ``Affine``, ``WithConstants`` and a convolution's ``fill`` (``fuse.constants``).
 
     Raises:
-        UserError: The network has no such method, or something in it that cannot be folded.
+        UserError: The network is neither, or has something in it that cannot be folded.
     """
     make: Any = getattr(net, "folded", None)
+    if is_converted(net):
+        make = partial(fold_converted, net)
     if make is None:
         raise UserError(
             f"{type(net).__name__} cannot be folded: give it a folded() method that builds the "
-            "plain network (fixup_core/fuse/fold.py)"
+            "plain network (fixup_core/fuse/fold.py), or convert it by fixup_"
         )
     with torch.no_grad():
         plain: nn.Module = make()

@@ -24,6 +24,7 @@ def write_onnx(
     input_names: Sequence[str],
     output_names: Sequence[str],
     free_sizes: Sequence[dict[int, str]],
+    packed: bool = False,
 ) -> None:
     """Write ``net`` into one file.
 
@@ -35,6 +36,7 @@ def write_onnx(
         output_names: Of its outputs.
         free_sizes: Of each input, the dimensions whose size is free, and a name for each; the same
             name is the same size.
+        packed: The forward pass of ``net`` takes ``*tensors``, any number of them.
 
     Raises:
         UserError: A package is missing.
@@ -44,6 +46,8 @@ def write_onnx(
     shapes: Any = tuple(
         {place: dims[name] for place, name in sizes.items()} for sizes in free_sizes
     )
+    if packed:
+        shapes = (shapes,)
     try:
         with _silence():
             torch.onnx.export(
@@ -68,7 +72,10 @@ def _silence() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+                stack.enter_context(redirect(io.StringIO()))
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -68,9 +68,13 @@ class RemovedNorm(nn.Module):
     """
 
     eps, weight, bias = 0.0, None, None  # looked at by nn.TransformerEncoder
+    """``weight`` is ones where the norm had a gain: others look at its dtype."""
 
     def __init__(self, norm: nn.Module, *, biased: bool = False, frozen: bool = False) -> None:
         super().__init__()
+        if isinstance(getattr(norm, "weight", None), Tensor):
+            ones = torch.ones_like(norm.weight, requires_grad=False)
+            self.register_buffer("weight", ones, persistent=False)
         if frozen:
             self.add_module("frozen", FrozenNorm(norm))
         if biased:
