@@ -151,7 +151,7 @@ def test_scalars_that_are_used_twice(opacus: Any, batch_first: bool) -> None:
         assert torch.allclose(grads, torch.stack([one[i] for one in expected]).to(grads))
 
 
-def _private(opacus: Any, net: Any, parameters: Any) -> Any:
+def _private(opacus: Any, net: Any, parameters: Any, mode: str = "hooks") -> Any:
     data = torch.utils.data.TensorDataset(_images(8), torch.arange(8))
     return opacus.PrivacyEngine().make_private(
         module=net,
@@ -159,6 +159,7 @@ def _private(opacus: Any, net: Any, parameters: Any) -> Any:
         data_loader=torch.utils.data.DataLoader(data, batch_size=4),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
+        grad_sample_mode=mode,
     )
 
 
@@ -172,6 +173,14 @@ def test_a_private_step_moves_the_weights(opacus: Any) -> None:
     optimizer.step()
     for name, parameter in net.named_parameters():
         assert parameter.isfinite().all() and not torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("mode", ["ew", "ghost"])
+def test_other_modes_are_refused(opacus: Any, mode: str) -> None:
+    """Opacus would compute gradients by its own rules, or none."""
+    net = _converted("PreActivation")
+    with pytest.raises(ValueError, match="doesn't match new arguments"):
+        _private(opacus, grad_sample_module(net), net.parameters(), mode)
 
 
 def test_batchnorm_is_refused(opacus: Any) -> None:
