@@ -185,6 +185,8 @@ def _without_hooks(
         output = functional_call(bare, params, (entering.unsqueeze(0),))
         return (output * gradient.unsqueeze(0)).sum()
 
+    if not len(backprops):  # Poisson sampling may draw nobody, and vmap wants somebody
+        return {p: p.new_zeros(0, *p.shape) for p in own.values()}
     detached = {name: p.detach() for name, p in own.items()}
     grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(
         detached, activations[0], backprops

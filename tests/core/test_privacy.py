@@ -122,6 +122,14 @@ def test_wrapped_again(opacus: Any) -> None:
     assert not _wrong(net, grad_sample_module)
 
 
+def test_an_empty_batch(opacus: Any) -> None:
+    net: Any = _converted("Separable")
+    wrapped = grad_sample_module(net)
+    F.cross_entropy(wrapped(_images(0)), LABELS[:0]).backward()
+    assert net.blocks[0].up.weight.grad_sample.shape == (0, *net.blocks[0].up.weight.shape)
+    assert net.blocks[0].up.fixup_multiplier.weight.grad_sample.shape == (0, 1)
+
+
 class Twice(nn.Module):
     """Each scalar used twice in one forward pass, the batch second."""
 
