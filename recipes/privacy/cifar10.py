@@ -85,7 +85,7 @@ def _parse() -> argparse.Namespace:
     add("--images", type=Path, help="CIFAR-10 as a tree of images, or an archive of one")
     add("--output", type=Path, required=True, help="a file; results are added as lines of JSON")
     add("--contestants", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS)
-    add("--lrs", nargs="+", type=float, default=[0.5, 1.0, 2.0], help="default: 0.5 1 2")
+    add("--lrs", nargs="+", type=float, default=[1.0, 2.0, 4.0], help="default: 1 2 4")
     add("--seeds", nargs="+", type=int, default=[0], help="default: 0")
     add("--epsilon", type=float, default=8.0, help="default: 8")
     add("--epochs", type=int, default=1, help="default: 1")
