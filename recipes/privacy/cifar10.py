@@ -131,7 +131,7 @@ def _trained(
     scored: list[TensorDataset],
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """One training; the samples drawn are the same for every contestant of a seed."""
+    """One training; its weights, samples and noise come from the seed."""
     torch.manual_seed(seed)
     net = _network(contestant, args)
     torch.manual_seed(1000 + seed)
