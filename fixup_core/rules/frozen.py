@@ -67,14 +67,15 @@ class RemovedNorm(nn.Module):
         frozen: Keep what the layer does to one batch.
     """
 
-    eps, weight, bias = 0.0, None, None  # looked at by nn.TransformerEncoder
-    """``weight`` is ones where the norm had a gain: others look at its dtype."""
+    eps, bias = 0.0, None  # looked at by nn.TransformerEncoder
+    weight: Tensor | None = None
+    """Ones where the norm had a gain, no part of the state dict: others look at its dtype."""
 
     def __init__(self, norm: nn.Module, *, biased: bool = False, frozen: bool = False) -> None:
         super().__init__()
-        if isinstance(getattr(norm, "weight", None), Tensor):
-            ones = torch.ones_like(norm.weight, requires_grad=False)
-            self.register_buffer("weight", ones, persistent=False)
+        gain = getattr(norm, "weight", None)
+        if isinstance(gain, Tensor):
+            self.weight = torch.ones_like(gain, requires_grad=False)
         if frozen:
             self.add_module("frozen", FrozenNorm(norm))
         if biased:
@@ -88,6 +89,11 @@ class RemovedNorm(nn.Module):
         for step in self.children():
             x = step(x)
         return x
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.weight is not None:
+            self.weight = fn(self.weight)
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(
         self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any
