@@ -7,7 +7,7 @@ conversion, forward and backward: what is told is what was seen.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class Seen:
     """What a network did in a few steps of gradient descent from where it stands.
 
     Attributes:
-        learning: Names of the parameters that had a gradient in the last step.
+        learning: Names of the parameters that had a gradient in one of the steps.
         finite: All outputs and gradients were numbers.
         entering: Path of a module with a weight -> standard deviation of what came in, at first.
     """
@@ -75,7 +75,9 @@ def check_alive(
     Raises:
         UserError: The network gives numbers that are not finite, or nothing in its branches learns.
     """
-    seen = _seen(net, inputs, steps=STEPS)
+    new = {n for n, p in net.named_parameters() if "fixup_" in n or "scalar_bias" in n}
+    own = {name for name, _ in net.named_parameters()} & before.learning
+    seen = _seen(net, inputs, steps=STEPS, awaited=own | new)
     if seen is None:
         return []
     if not seen.finite:
@@ -83,8 +85,6 @@ def check_alive(
             f"{type(net).__name__} gives numbers that are not finite once converted: give its "
             "output layer by head= if another one was taken for it"
         )
-    new = {n for n, p in net.named_parameters() if "fixup_" in n or "scalar_bias" in n}
-    own = {name for name, _ in net.named_parameters()} & before.learning
     dead = sorted((own | new) - seen.learning)
     if not seen.learning.intersection(inner) and before.learning.intersection(inner):
         raise UserError(
@@ -107,14 +107,15 @@ def _faint(path: str, before: Seen, after: Seen) -> Iterator[str]:
         )
 
 
-def _seen(net: nn.Module, inputs: Inputs, steps: int) -> Seen | None:
+def _seen(net: nn.Module, inputs: Inputs, steps: int, awaited: Collection[str] = ()) -> Seen | None:
+    """What happens in ``steps``, or until all parameters that are ``awaited`` have a gradient."""
     values = {
         name: parameter.detach().clone().requires_grad_(parameter.requires_grad)
         for name, parameter in net.named_parameters()
     }
     learnt = {name: value for name, value in values.items() if value.requires_grad}
     entering: dict[str, float] = {}
-    finite, grads = True, {}
+    finite, learning = True, set()
     for _ in range(steps):
         with _sizes(net, entering), in_training_mode(net):
             outputs = float_tensors(outputs_of(net, inputs, values))
@@ -122,8 +123,11 @@ def _seen(net: nn.Module, inputs: Inputs, steps: int) -> Seen | None:
             return None
         grads = _gradients(outputs, learnt)
         finite &= all(bool(t.isfinite().all()) for t in (*outputs, *grads.values()))
+        learning |= {name for name, grad in grads.items() if bool(grad.any())}
+        if awaited and learning.issuperset(awaited):
+            break
         _step_(learnt, grads)
-    return Seen(frozenset(n for n, g in grads.items() if bool(g.any())), finite, entering)
+    return Seen(frozenset(learning), finite, entering)
 
 
 def _gradients(outputs: Sequence[Tensor], learnt: dict[str, Tensor]) -> dict[str, Tensor]:

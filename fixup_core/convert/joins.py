@@ -90,13 +90,13 @@ class Joins:
 
     Attributes:
         found: Every branch, with why no rule covers it; empty where one does.
-        around: The places of the joins around other joins.
+        around: The joins around other joins.
     """
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.found: list[tuple[FoundBranch, str]] = []
-        self.around: list[str] = []
+        self.around: list[Node] = []
         # Walks stop at a join: what lies behind it is the residual stream, its shortcut.
         self.shortcuts: dict[Node, Node] = {}
         for node in trace.nodes:
@@ -109,11 +109,16 @@ class Joins:
         return [branch for branch, reason in self.found if not reason]
 
     @property
+    def all(self) -> set[Node]:
+        """Every addition that ends one or more."""
+        return {branch.join for branch, _ in self.found} | set(self.around)
+
+    @property
     def left_out(self) -> list[LeftOut]:
         """Those that they do not."""
         uncovered = [LeftOut(branch.place, reason) for branch, reason in self.found if reason]
         around = "other residual branches lie within it"
-        return [*uncovered, *(LeftOut(place, around) for place in self.around)]
+        return [*uncovered, *(LeftOut(place_of(join), around) for join in self.around)]
 
     def _add(self, join: Node) -> None:
         ends = self._ends(join)
@@ -127,7 +132,7 @@ class Joins:
         if walk.nested and self._dissolve(walk.nested):
             return self._add(join)
         if walk.nested:
-            self.around.append(place_of(join))
+            self.around.append(join)
         else:
             self._cover(join, shortcut, start, end)
         self.shortcuts[join] = shortcut

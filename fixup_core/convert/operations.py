@@ -35,7 +35,7 @@ MULTIPLYING = frozenset({"mul", "pow", "matmul", "bmm", "mm", "einsum", "baddbmm
 ATTENTION = "scaled_dot_product_attention"
 
 BOUNDED = frozenset({"softmax", "_softmax", "_safe_softmax", "sigmoid", "hardsigmoid"})
-SATURATING = BOUNDED | {"tanh", "erf", "hardtanh", "clamp", "relu6"}
+SATURATING = BOUNDED | {"tanh", "erf", "hardtanh", "clamp", "relu6", "exp", "softplus"}
 """A factor made by one of these is a gate where the other factor is made by none of them, as in an
 activation that is written out: ``0.5 * x * (1 + tanh(...))``."""
 SELECTING = frozenset({"topk", "sort", "gather", "index", "index_select", "take_along_dim"})

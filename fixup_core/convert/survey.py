@@ -77,6 +77,7 @@ class Survey:
         trace: The network's graph.
         branches: Its residual branches.
         left_out: Those that no rule covers, and why.
+        joins: The additions that end any of them.
         uses: Every product with a weight that reaches an output.
 
     Raises:
@@ -92,6 +93,7 @@ class Survey:
         visible = [node for node in self.trace.nodes if node in self.trace.visible]
         self.uses = [use for node in visible if (use := self.trace.use(node))]
         joins = Joins(self.trace)
+        self.joins = joins.all
         self.branches, shared = _with_weights_of_their_own(self.trace, joins.branches, self.uses)
         self.left_out = (*joins.left_out, *shared)
         if not self.branches or len(self.left_out) > len(self.branches):
@@ -169,7 +171,7 @@ class Survey:
 
     def near_joins(self) -> list[str]:
         """Where a path meets the one it left, and is not taken for a branch."""
-        return near_joins(self.trace, {branch.join for branch in self.branches}, NEARLY_JOINING)
+        return near_joins(self.trace, self.joins, NEARLY_JOINING)
 
     def others(self, branch: FoundBranch) -> Iterator[tuple[Node, list[str]]]:
         """The parameters of a branch that are neither weights nor gains, and the operations that

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from fixup_core.convert.operations import PRODUCTS, UNLEARNT, VIEWS
+from fixup_core.convert.recording import Traced, recorded
 from fixup_core.errors import UserError, one_line
 from fixup_core.probing import Inputs, arguments_of, in_mode
 
@@ -65,18 +66,17 @@ class Trace:
 
     def __init__(self, net: nn.Module, inputs: Inputs) -> None:
         self.norms: tuple[str, ...] = ()
-        program = _exported(net, inputs)
-        signature = program.graph_signature
-        own = dict(signature.inputs_to_parameters)
-        self.nodes = list(program.graph.nodes)
+        traced = _exported(net, inputs)
+        own = traced.parameters
+        self.nodes = list(traced.nodes)
         self.order = {node: number for number, node in enumerate(self.nodes)}
-        self._sort(own, set(signature.user_inputs))
+        self._sort(own, set(traced.inputs))
         learnt: set[str] = set()
         while found := self._learnt_inputs() - learnt:
             learnt |= found
             flowing = {name for name, parameter in own.items() if parameter in learnt}
-            self._sort(own, flowing | set(signature.user_inputs))
-        self.outputs = {node for node in self.nodes if node.name in signature.user_outputs}
+            self._sort(own, flowing | traced.inputs)
+        self.outputs = {node for node in self.nodes if node.name in traced.outputs}
         self.visible = self._reaching_outputs()
 
     def _sort(self, own: dict[str, str], entering: set[str]) -> None:
@@ -95,9 +95,9 @@ class Trace:
         """Parameters that go through a linear layer, as learnt queries do: they are inputs."""
         for node in self.nodes:
             if node in self.parameters and operation(node) == "linear":
-                entering = self.parameters.get(node.args[0])
-                if entering:
-                    return entering
+                signal: Any = node.args[0]
+                if self.parameters.get(signal):
+                    return self.parameters[signal]
         return frozenset()
 
     def _reaching_outputs(self) -> set[Node]:
@@ -222,23 +222,27 @@ WAYS: tuple[dict[str, Any], ...] = ({"train": True}, {"train": False}, {"strict"
 """To trace a network, one after the other: as it trains, as it is evaluated, by TorchDynamo."""
 
 
-def _exported(net: nn.Module, inputs: Inputs) -> ExportedProgram:
+def _exported(net: nn.Module, inputs: Inputs) -> Traced:
+    """The graph by ``torch.export``, or recorded where the network's path depends on numbers."""
     first: Exception | None = None
     for way in WAYS:
         try:
             return _exported_by(net, inputs, **way)
         except Exception as error:
             first = first or error
-    raise UserError(
-        f"{type(net).__name__} cannot be traced, so its residual branches must be named: "
-        "branches={'block1': ['block1.conv1', 'block1.conv2'], ...} "
-        f"(torch.export: {one_line(str(first))[:200]})"
-    ) from first
+    try:
+        return recorded(net, inputs)
+    except Exception:
+        raise UserError(
+            f"{type(net).__name__} cannot be traced, so its residual branches must be named: "
+            "branches={'block1': ['block1.conv1', 'block1.conv2'], ...} "
+            f"(torch.export: {one_line(str(first))[:200]})"
+        ) from first
 
 
 def _exported_by(
     net: nn.Module, inputs: Inputs, *, train: bool = True, strict: bool = False
-) -> ExportedProgram:
+) -> Traced:
     args, kwargs = arguments_of(inputs)
     with warnings.catch_warnings(), _masks_taken_at_their_word(), in_mode(net, train):
         warnings.simplefilter("ignore")
@@ -246,7 +250,13 @@ def _exported_by(
         # Without changes in place, so that the arguments say what a node depends on; the empty
         # table takes no operation apart: batch norm stays one node.
         functional: ExportedProgram = program.run_decompositions({})
-        return functional
+    signature = functional.graph_signature
+    return Traced(
+        tuple(functional.graph.nodes),
+        dict(signature.inputs_to_parameters),
+        frozenset(map(str, signature.user_inputs)),
+        frozenset(map(str, signature.user_outputs)),
+    )
 
 
 @contextlib.contextmanager

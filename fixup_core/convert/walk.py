@@ -116,8 +116,8 @@ class Walk:
         return False
 
     def _main(self, node: Node) -> list[Node]:
-        """The arguments whose size that of ``node`` is in proportion to."""
-        given = self.trace.flowing(node)
+        """The arguments whose size that of ``node`` is in proportion to; places are none."""
+        given = floating(self.trace.flowing(node))
         op = operation(node)
         # A norm will be gone, and the identity in its place has one factor.
         if self.trace.norms_of(node):

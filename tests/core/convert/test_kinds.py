@@ -220,3 +220,41 @@ def test_what_is_divided_by_its_length_is_no_head_to_be_zero() -> None:
     report = fixup_(net, torch.randn(4, 8), verbose=False)
     assert report.head == () and net.project.weight.any()
     assert any("project.weight stays" in note for note in report.notes)
+
+
+class DependsOnNumbers(nn.Module):
+    """Branches behind a question about what has been computed, in place and by views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm1d(8) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.out = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for n, norm in enumerate(self.norms):
+            if x.abs().sum().item() > 1e-6:
+                h = self.layers[2 * n + 1](F.relu(self.layers[2 * n](norm(x))))
+                h += x
+                x = h
+        return self.out(x)
+
+
+def test_a_path_that_depends_on_numbers_is_recorded() -> None:
+    net = DependsOnNumbers()
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    with torch.random.fork_rng():
+        drawn = torch.get_rng_state()
+        report = fixup_(
+            net,
+            torch.randn(4, 8, generator=torch.Generator()),
+            verbose=False,
+            check=False,
+            generator=torch.Generator(),
+        )
+        assert torch.equal(torch.get_rng_state(), drawn)
+    assert [(branch.m, branch.layers) for branch in report.branches] == [
+        (2, (f"layers.{2 * n}.weight", f"layers.{2 * n + 1}.weight")) for n in range(3)
+    ]
+    assert report.removed == ("norms.0", "norms.1", "norms.2") and before
+    assert report.head == ("out.weight",)

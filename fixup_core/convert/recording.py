@@ -1,0 +1,151 @@
+"""The graph of what a network computes, recorded while it runs.
+
+``torch.export`` follows no path that depends on numbers: it has none. Here the network is called,
+and every ATen operation is written down as it happens. What is recorded holds for these inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.nn.modules import module as hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fixup_core.probing import Inputs, arguments_of, in_training_mode
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph, and what its nodes are.
+
+    Attributes:
+        nodes: In the order of the forward pass.
+        parameters: Name of a node -> name of the parameter that it is.
+        inputs: Names of the nodes that are the network's inputs.
+        outputs: Names of those that it returns.
+    """
+
+    nodes: tuple[Node, ...]
+    parameters: dict[str, str]
+    inputs: frozenset[str]
+    outputs: frozenset[str]
+
+
+def recorded(net: nn.Module, inputs: Inputs) -> Traced:
+    """Call ``net`` in training mode and write down what it does. It is as it was after."""
+    args, kwargs = arguments_of(inputs)
+    recorder = _Recorder(net)
+    entering = [recorder.enters(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
+    try:
+        with (
+            in_training_mode(net),
+            torch.random.fork_rng(devices),
+            torch.no_grad(),
+            recorder.following(),
+            recorder,
+        ):
+            outputs = net(*args, **kwargs)
+    finally:
+        for name, buffer in net.named_buffers():
+            buffer.copy_(buffers[name])
+    leaving = [recorder.known.get(id(t)) for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+    return Traced(
+        tuple(recorder.graph.nodes),
+        recorder.parameters,
+        frozenset(node.name for node in entering),
+        frozenset(node.name for node in leaving if node is not None),
+    )
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down every operation, and which module calls it.
+
+    Attributes:
+        graph: What has been written.
+        parameters: Name of a node -> name of the parameter that it is.
+        known: Which node a tensor, by id, was made by.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.graph = Graph()
+        self.paths = {module: path for path, module in net.named_modules()}
+        self.calls: Counter[str] = Counter()
+        self.stack: dict[str, tuple[str, type]] = {}
+        self.known: dict[int, Node] = {}
+        # A tensor that is gone would leave its id to another one.
+        self.alive: list[Tensor] = []
+        self.parameters: dict[str, str] = {}
+        for name, parameter in net.named_parameters():
+            self.parameters[self.enters(parameter).name] = name
+
+    def enters(self, tensor: Tensor) -> Node:
+        """The node of a tensor that is there before the call."""
+        return self._remember(tensor, self.graph.placeholder(f"given_{len(self.alive)}"))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given = tree_map(self._node_of, (tuple(args), dict(kwargs or {})))
+        node = self.graph.call_function(func, *given)
+        node.meta["nn_module_stack"] = dict(self.stack)
+        if isinstance(output, Tensor):
+            self._remember(output, node)
+        else:
+            node.meta["val"] = output
+            for place, part in enumerate(output if isinstance(output, (tuple, list)) else ()):
+                if isinstance(part, Tensor):
+                    self._remember(part, self._part(node, place))
+        return output
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Within this context the stack says which modules are being called."""
+        before = hooks.register_module_forward_pre_hook(self._enter)
+        after = hooks.register_module_forward_hook(self._leave, always_call=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        path = self.paths.get(module)
+        if path is not None:
+            number = self.calls[path]
+            self.calls[path] += 1
+            name = f"{path}@{number}" if number else path
+            self.stack[name] = (name, type(module))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        path = self.paths.get(module)
+        last = next(reversed(self.stack), None)
+        if last is not None and last.split("@")[0] == path:
+            del self.stack[last]
+
+    def _part(self, node: Node, place: int) -> Node:
+        part = self.graph.call_function(operator.getitem, (node, place))
+        part.meta["nn_module_stack"] = dict(self.stack)
+        return part
+
+    def _remember(self, tensor: Tensor, node: Node) -> Node:
+        node.meta["val"] = tensor
+        self.known[id(tensor)] = node
+        self.alive.append(tensor)
+        return node
+
+    def _node_of(self, value: Any) -> Any:
+        """The node that made a tensor; of a buffer or another constant, a node of its own."""
+        if not isinstance(value, Tensor):
+            return value
+        return self.known.get(id(value)) or self.enters(value)
