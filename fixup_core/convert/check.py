@@ -7,6 +7,7 @@ conversion, forward and backward: what is told is what was seen.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ STEPS = 4
 last layers in the second, what lies before them in the third; where one last layer follows another,
 in the fourth."""
 RATE, CLIPPED = 0.05, 1.0
+PATIENCE = 30.0
+"""Seconds after which no further step is begun."""
 FAINT = 100.0
 """A signal that is so many times smaller or larger than it was is told of."""
 
@@ -34,11 +37,13 @@ class Seen:
         learning: Names of the parameters that had a gradient in one of the steps.
         finite: All outputs and gradients were numbers.
         entering: Path of a module with a weight -> standard deviation of what came in, at first.
+        broken_off: It took too long.
     """
 
     learning: frozenset[str]
     finite: bool
     entering: dict[str, float]
+    broken_off: bool = False
 
 
 def seen_before(net: nn.Module, inputs: Inputs) -> Seen | None:
@@ -85,6 +90,9 @@ def check_alive(
             f"{type(net).__name__} gives numbers that are not finite once converted: give its "
             "output layer by head= if another one was taken for it"
         )
+    faint = [note for path in head for note in _faint(path, before, seen)]
+    if seen.broken_off:
+        return [*faint, f"{STEPS} steps take more than {PATIENCE:.0f} s: not checked what learns"]
     dead = sorted((own | new) - seen.learning)
     if not seen.learning.intersection(inner) and before.learning.intersection(inner):
         raise UserError(
@@ -95,7 +103,7 @@ def check_alive(
     if dead:
         shown = ", ".join(dead[:3])
         notes.append(f"no gradient reaches {shown} ({len(dead)} in all) within {STEPS} steps")
-    return notes + [note for path in head for note in _faint(path, before, seen)]
+    return notes + faint
 
 
 def _faint(path: str, before: Seen, after: Seen) -> Iterator[str]:
@@ -115,8 +123,11 @@ def _seen(net: nn.Module, inputs: Inputs, steps: int, awaited: Collection[str] =
     }
     learnt = {name: value for name, value in values.items() if value.requires_grad}
     entering: dict[str, float] = {}
-    finite, learning = True, set()
-    for _ in range(steps):
+    finite, began = True, time.monotonic()
+    learning: set[str] = set()
+    for step in range(steps):
+        if step and time.monotonic() - began > PATIENCE:
+            return Seen(frozenset(learning), finite, entering, broken_off=True)
         with _sizes(net, entering), in_training_mode(net):
             outputs = float_tensors(outputs_of(net, inputs, values))
         if any(value.is_meta for value in (*values.values(), *outputs)):

@@ -232,7 +232,8 @@ def _exported(net: nn.Module, inputs: Inputs) -> Traced:
             first = first or error
     try:
         return recorded(net, inputs)
-    except Exception:
+    except Exception as error:
+        first = first or error
         raise UserError(
             f"{type(net).__name__} cannot be traced, so its residual branches must be named: "
             "branches={'block1': ['block1.conv1', 'block1.conv2'], ...} "
