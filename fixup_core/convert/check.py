@@ -23,7 +23,7 @@ STEPS = 4
 last layers in the second, what lies before them in the third; where one last layer follows another,
 in the fourth."""
 RATE, CLIPPED = 0.05, 1.0
-PATIENCE = 30.0
+PATIENCE = 15.0
 """Seconds after which no further step is begun."""
 FAINT = 100.0
 """A signal that is so many times smaller or larger than it was is told of."""

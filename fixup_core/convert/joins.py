@@ -227,7 +227,7 @@ class Joins:
     def _summands(self, start: Node, end: Node) -> list[Node]:
         """The summands of a branch that is a sum of products with layers of their own."""
         node = end
-        while operation(node) in VIEWS | DROPPING and len(self.trace.flowing(node)) == 1:
+        while self._only_scales(node):
             node = self.trace.flowing(node)[0]
         given = self.trace.flowing(node)
         if operation(node) != "add" or len(given) != 2 or node in self.shortcuts:
@@ -239,6 +239,12 @@ class Joins:
         if not all(found) or found[0] & found[1]:
             return [end]
         return [part for one in given for part in self._summands(start, one)]
+
+    def _only_scales(self, node: Node) -> bool:
+        """Whether it is a view, dropout, or a product with a number that is not learnt."""
+        learnt = any(self.trace.parameters.get(n) for n in node.all_input_nodes)
+        known = operation(node) in VIEWS | DROPPING | {"mul", "div"}
+        return known and not learnt and len(self.trace.flowing(node)) == 1
 
 
 def near_joins(trace: Trace, taken: set[Node], operations: frozenset[str]) -> list[str]:

@@ -25,7 +25,7 @@ JOINING = frozenset({"add", "sub"})
 """Can end a residual branch."""
 NEARLY_JOINING = JOINING | {"lerp", "addcmul", "stack", "maximum"}
 """Can put a path together with the path it left, otherwise than a residual branch ends."""
-ADDING = frozenset({"add", "cat", "stack", "where", "sub", "addcmul"})
+ADDING = frozenset({"add", "cat", "stack", "where", "sub", "addcmul", "slice_scatter"})
 """Put several signals side by side or together: the output is as large as its largest part."""
 POOLING = frozenset(
     """avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d

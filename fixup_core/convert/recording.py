@@ -86,6 +86,8 @@ class _Recorder(TorchDispatchMode):
         self.known: dict[int, Node] = {}
         # A tensor that is gone would leave its id to another one.
         self.alive: list[Tensor] = []
+        # The last operation that wrote into a storage: all its views see what it wrote.
+        self.written: dict[int, Node] = {}
         self.parameters: dict[str, str] = {}
         for name, parameter in net.named_parameters():
             self.parameters[self.enters(parameter).name] = name
@@ -99,6 +101,10 @@ class _Recorder(TorchDispatchMode):
         given = tree_map(self._node_of, (tuple(args), dict(kwargs or {})))
         node = self.graph.call_function(func, *given)
         node.meta["nn_module_stack"] = dict(self.stack)
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.is_write and place < len(args) and isinstance(args[place], Tensor):
+                self.written[_storage(args[place])] = node
+                node.meta["at"] = len(self.alive)
         if isinstance(output, Tensor):
             self._remember(output, node)
         else:
@@ -139,7 +145,7 @@ class _Recorder(TorchDispatchMode):
         return part
 
     def _remember(self, tensor: Tensor, node: Node) -> Node:
-        node.meta["val"] = tensor
+        node.meta["val"], node.meta["at"] = tensor, len(self.alive)
         self.known[id(tensor)] = node
         self.alive.append(tensor)
         return node
@@ -148,4 +154,15 @@ class _Recorder(TorchDispatchMode):
         """The node that made a tensor; of a buffer or another constant, a node of its own."""
         if not isinstance(value, Tensor):
             return value
-        return self.known.get(id(value)) or self.enters(value)
+        node, writer = self.known.get(id(value)), self.written.get(_storage(value))
+        if node is None:
+            node = self.enters(value)
+        if writer is None or writer.meta["at"] <= node.meta["at"]:
+            return node
+        both = self.graph.call_function(torch.ops.aten.slice_scatter.default, (node, writer))
+        both.meta["nn_module_stack"] = dict(self.stack)
+        return self._remember(value, both)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from fixup_core.convert.operations import PRODUCTS, UNLEARNT, VIEWS
+from fixup_core.convert.operations import ATTENTION, PRODUCTS, UNLEARNT, VIEWS
 from fixup_core.convert.recording import Traced, recorded
 from fixup_core.errors import UserError, one_line
 from fixup_core.probing import Inputs, arguments_of, in_mode
@@ -94,10 +94,14 @@ class Trace:
     def _learnt_inputs(self) -> frozenset[str]:
         """Parameters that go through a linear layer, as learnt queries do: they are inputs."""
         for node in self.nodes:
-            if node in self.parameters and operation(node) == "linear":
-                signal: Any = node.args[0]
-                if self.parameters.get(signal):
-                    return self.parameters[signal]
+            op = operation(node)
+            if node in self.parameters and op in ("linear", "addmm", "mm"):
+                signal, weight = node.args[-2:] if op != "linear" else node.args[:2]
+                transposed: Any = weight
+                if op == "linear" or operation(transposed) in ("t", "transpose"):
+                    found = self.parameters.get(signal)  # type: ignore[arg-type]
+                    if found:
+                        return found
         return frozenset()
 
     def _reaching_outputs(self) -> set[Node]:
@@ -159,7 +163,9 @@ def operation(node: Node) -> str:
     target: Any = node.target
     packet = getattr(target, "overloadpacket", target)
     # "add_" changes its argument in place; what it computes is the same.
-    return str(getattr(packet, "__name__", packet)).rsplit(".", 1)[-1].removesuffix("_")
+    name = str(getattr(packet, "__name__", packet)).rsplit(".", 1)[-1].removesuffix("_")
+    # Recorded, attention has the name of the kernel that computed it.
+    return ATTENTION if "scaled_dot_product" in name else name
 
 
 def owner(node: Node) -> str:
@@ -218,27 +224,28 @@ def _clean(path: str) -> str:
     return path.removeprefix("L['self'].").removeprefix("L['self']").split("@")[0]
 
 
-WAYS: tuple[dict[str, Any], ...] = ({"train": True}, {"train": False}, {"strict": True})
-"""To trace a network, one after the other: as it trains, as it is evaluated, by TorchDynamo."""
+WAYS: tuple[Callable[[nn.Module, Inputs], Traced], ...] = (
+    lambda net, inputs: recorded(net, inputs),
+    lambda net, inputs: _exported_by(net, inputs),
+    lambda net, inputs: _exported_by(net, inputs, train=False),
+    lambda net, inputs: _exported_by(net, inputs, strict=True),
+)
+"""To trace a network, one after the other: exported as it trains; recorded while it runs, where its
+path depends on numbers; as it is evaluated; by TorchDynamo."""
 
 
 def _exported(net: nn.Module, inputs: Inputs) -> Traced:
-    """The graph by ``torch.export``, or recorded where the network's path depends on numbers."""
     first: Exception | None = None
-    for way in WAYS:
+    for traced_by in WAYS:
         try:
-            return _exported_by(net, inputs, **way)
+            return traced_by(net, inputs)
         except Exception as error:
             first = first or error
-    try:
-        return recorded(net, inputs)
-    except Exception as error:
-        first = first or error
-        raise UserError(
-            f"{type(net).__name__} cannot be traced, so its residual branches must be named: "
-            "branches={'block1': ['block1.conv1', 'block1.conv2'], ...} "
-            f"(torch.export: {one_line(str(first))[:200]})"
-        ) from first
+    raise UserError(
+        f"{type(net).__name__} cannot be traced, so its residual branches must be named: "
+        "branches={'block1': ['block1.conv1', 'block1.conv2'], ...} "
+        f"(torch.export: {one_line(str(first))[:200]})"
+    ) from first
 
 
 def _exported_by(

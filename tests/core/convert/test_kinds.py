@@ -236,7 +236,8 @@ class DependsOnNumbers(nn.Module):
             if x.abs().sum().item() > 1e-6:
                 h = self.layers[2 * n + 1](F.relu(self.layers[2 * n](norm(x))))
                 h += x
-                x = h
+                x = torch.zeros_like(h)
+                x[:2], x[2:] = h[:2], h[2:]
         return self.out(x)
 
 
