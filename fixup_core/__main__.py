@@ -29,6 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     # What libraries and networks say as they are loaded and built is nothing a user could mend.
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
     sys.exit(main())
