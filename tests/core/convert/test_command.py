@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fixup_core.__main__ import main
+from fixup_core.__main__ import COMMANDS, main
+from fixup_core.command_line import build_parser
 from fixup_core.convert.notation import parse_inputs, parse_options
 from fixup_core.convert.targets import find
 from fixup_core.errors import UserError
+from tests.conftest import ROOT
 from tests.core.convert.nets import Encoder
 
 HERE = "tests.core.convert.test_command"
@@ -223,6 +226,15 @@ def test_help_lists_the_options(capsys: pytest.CaptureFixture) -> None:
         assert option in listed
     for option in ("--allow", "--calibrate", "--meta", "--model", "--json"):
         assert option in listed
+
+
+def test_the_lines_of_the_documentation_can_be_read() -> None:
+    text = (ROOT / "docs" / "any-network.md").read_text("utf-8")
+    lines = re.findall(r"^python -m fixup_core (convert .*)", text, re.MULTILINE)
+    parser = build_parser("", "", COMMANDS, chosen="convert")
+    for args in (parser.parse_args(line.split()) for line in lines):
+        parse_options(args.set), parse_inputs(args.inputs or ["1"], vocabulary=2)
+    assert len(lines) > 3
 
 
 @pytest.mark.parametrize(

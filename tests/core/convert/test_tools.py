@@ -126,10 +126,11 @@ def test_sharded_in_float32_it_computes_in_half_precision(process_group: None) -
     assert all(moved) and {p.dtype for p in net.parameters()} == {torch.float32}
 
 
-def test_optimiser_and_schedule_of_timm_keep_the_scalars_rate() -> None:
+def test_what_timms_training_uses_keeps_scalars_and_their_rate() -> None:
     pytest.importorskip("timm")
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
+    from timm.utils import ModelEmaV3
 
     net = timm_net("vit_tiny_patch16_224", depth=1, img_size=32)()
     fixup_(net, IMAGES, check=False, verbose=False)
@@ -140,3 +141,8 @@ def test_optimiser_and_schedule_of_timm_keep_the_scalars_rate() -> None:
         schedule.step(epoch)
         weights, small = (group["lr"] for group in optimizer.param_groups)
         assert small == pytest.approx(0.1 * weights) and weights > 0
+    average = ModelEmaV3(net, decay=0.75)
+    disturb_(net)
+    average.update(net)
+    for mean, own in zip(scalars(average.module), scalars(net), strict=True):
+        torch.testing.assert_close(mean.weight, own.initial + 0.25 * (own.weight - own.initial))
