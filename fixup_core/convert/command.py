@@ -19,7 +19,7 @@ from fixup_core.errors import UserError
 from fixup_core.files import write_text
 from fixup_core.probing import Inputs
 from fixup_core.rules.branches import collect_branches
-from fixup_core.rules.methods import METHODS
+from fixup_core.rules.methods import method_named
 from fixup_core.rules.report import ConversionReport
 
 
@@ -77,8 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Convert the network and print the report."""
-    if args.method not in METHODS:
-        raise UserError(f"there is no method {args.method!r}: take {', '.join(METHODS)}")
+    method_named(args.method)  # before the network is built
     if args.meta and args.calibrate:
         raise UserError("--calibrate needs numbers, and --meta has none: give one of them")
     report = convert(args)

@@ -114,7 +114,8 @@ def _timm_net(name: str, options: Mapping[str, Any], device: Any) -> Target:
         raise UserError(f"timm has no network {name!r}{_near(name, timm.list_models())}")
     with _building(f"timm:{name}"), device:
         net = timm.create_model(name, pretrained=False, **options)
-    channels, *sides = net.pretrained_cfg.get("input_size", (3, 224, 224))
+    known = getattr(net, "pretrained_cfg", None) or {}
+    channels, *sides = known.get("input_size") or (3, 224, 224)
     sides = _sides(options["img_size"]) if "img_size" in options else sides
     channels = options.get("in_chans", channels)
     return Target(net, usual=(_shape(2, channels, *sides),))
