@@ -1,4 +1,4 @@
-"""``python -m fixup_core COMMAND``: measurements of networks."""
+"""``python -m fixup_core COMMAND``: measurements and conversions of networks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ COMMANDS = {
     "check": Command(
         "fixup_core.measure.check",
         "how one step's change of the network's function depends on its depth",
-    )
+    ),
+    "convert": Command(
+        "fixup_core.convert.command",
+        "what fixup_ makes of a network, found by the name of a function or of a library",
+    ),
 }
 
 
@@ -25,6 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     # What libraries and networks say as they are loaded and built is nothing a user could mend.
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
     sys.exit(main())

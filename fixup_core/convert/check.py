@@ -53,6 +53,8 @@ def seen_before(net: nn.Module, inputs: Inputs) -> Seen | None:
     Raises:
         UserError: The call fails, or gives numbers that are not finite.
     """
+    if any(parameter.is_meta for parameter in net.parameters()):
+        return None  # some networks cannot be called there at all
     try:
         seen = _seen(net, inputs, steps=1)
     except Exception as error:

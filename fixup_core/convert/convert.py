@@ -213,7 +213,8 @@ def _report(
 
 def _on_branches(net: nn.Module, method: Method) -> list[str]:
     """What is said of fixed multipliers, and of learnt ones that start at 0."""
-    numbers = {constant.value().item() for constant in placed_constants(net)}
+    values = [constant.value() for constant in placed_constants(net)]
+    numbers = {value.item() for value in values if not value.is_meta}
     notes = [f"every branch is multiplied by the fixed number {number:.4g}" for number in numbers]
     if method.multiplier == 0:
         notes.append("every branch has a multiplier that starts at 0, and learns")
