@@ -120,9 +120,11 @@ def _faint(path: str, before: Seen, after: Seen) -> Iterator[str]:
 def _seen(net: nn.Module, inputs: Inputs, steps: int, awaited: Collection[str] = ()) -> Seen | None:
     """What happens in ``steps``, or until all parameters that are ``awaited`` have a gradient."""
     values = {
-        name: parameter.detach().clone().requires_grad_(parameter.requires_grad)
+        name: (parameter.detach().clone() if steps > 1 else parameter.detach())
         for name, parameter in net.named_parameters()
     }
+    for name, parameter in net.named_parameters():
+        values[name].requires_grad_(parameter.requires_grad)
     learnt = {name: value for name, value in values.items() if value.requires_grad}
     entering: dict[str, float] = {}
     finite, began = True, time.monotonic()
@@ -130,17 +132,27 @@ def _seen(net: nn.Module, inputs: Inputs, steps: int, awaited: Collection[str] =
     for step in range(steps):
         if step and time.monotonic() - began > PATIENCE:
             return Seen(frozenset(learning), finite, entering, broken_off=True)
-        with _sizes(net, entering), in_training_mode(net):
+        with _sizes(net, entering), _training_but_for_dropout(net):
             outputs = float_tensors(outputs_of(net, inputs, values))
         if any(value.is_meta for value in (*values.values(), *outputs)):
             return None
         grads = _gradients(outputs, learnt)
         finite &= all(bool(t.isfinite().all()) for t in (*outputs, *grads.values()))
         learning |= {name for name, grad in grads.items() if bool(grad.any())}
-        if awaited and learning.issuperset(awaited):
+        if step + 1 == steps or (awaited and learning.issuperset(awaited)):
             break
         _step_(learnt, grads)
     return Seen(frozenset(learning), finite, entering)
+
+
+@contextlib.contextmanager
+def _training_but_for_dropout(net: nn.Module) -> Iterator[None]:
+    """Within this context nothing is dropped: a branch that is dropped would seem not to learn."""
+    with in_training_mode(net):
+        for module in net.modules():
+            if "drop" in type(module).__name__.lower():
+                module.eval()
+        yield
 
 
 def _gradients(outputs: Sequence[Tensor], learnt: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from fixup_core.convert.operations import NORMALISING, REDUCING, VIEWS
 from fixup_core.convert.tracing import Trace, first_calls, operation, shape_of
+from fixup_core.rules.frozen import STAYING
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 LARGEST = 60
@@ -134,6 +135,11 @@ def _calls(trace: Trace) -> dict[str, list[Node]]:
         if node.op == "call_function":
             for path in first_calls(node):
                 found.setdefault(path, []).append(node)
+    for path, nodes in found.items():
+        # An activation or dropout that is part of a norm stays where the norm is removed.
+        parts = {f"{path}.{name}" for name in STAYING}
+        if any(part in found for part in parts):
+            found[path] = [node for node in nodes if not parts.intersection(first_calls(node))]
     return found
 
 

@@ -11,7 +11,7 @@ VIEWS = frozenset(
     """t transpose permute view reshape select slice split split_with_sizes chunk getitem unbind
     contiguous clone squeeze unsqueeze expand flatten unflatten alias detach movedim
     _to_copy to type_as expand_as view_as reshape_as roll repeat
-    repeat_interleave tile swapaxes swapdims lift_fresh_copy""".split()
+    repeat_interleave tile swapaxes swapdims lift_fresh_copy _unsafe_view _reshape_alias""".split()
 )
 """Give the same numbers another place, shape or dtype."""
 DROPPING = frozenset({"dropout", "native_dropout", "feature_dropout", "alpha_dropout"})

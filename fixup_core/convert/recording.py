@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fixup_core.probing import Inputs, arguments_of, in_training_mode
 
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -88,6 +90,8 @@ class _Recorder(TorchDispatchMode):
         self.alive: list[Tensor] = []
         # The last operation that wrote into a storage: all its views see what it wrote.
         self.written: dict[int, Node] = {}
+        # The recurrent module that is being called: its steps are one operation.
+        self.whole: nn.Module | None = None
         self.parameters: dict[str, str] = {}
         for name, parameter in net.named_parameters():
             self.parameters[self.enters(parameter).name] = name
@@ -98,21 +102,26 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        given = tree_map(self._node_of, (tuple(args), dict(kwargs or {})))
-        node = self.graph.call_function(func, *given)
-        node.meta["nn_module_stack"] = dict(self.stack)
+        if self.whole is not None:
+            return output
+        node = self._write(func, tuple(args), output, dict(kwargs or {}))
         for place, argument in enumerate(func._schema.arguments):
             if argument.is_write and place < len(args) and isinstance(args[place], Tensor):
                 self.written[_storage(args[place])] = node
                 node.meta["at"] = len(self.alive)
-        if isinstance(output, Tensor):
-            self._remember(output, node)
-        else:
-            node.meta["val"] = output
-            for place, part in enumerate(output if isinstance(output, (tuple, list)) else ()):
-                if isinstance(part, Tensor):
-                    self._remember(part, self._part(node, place))
         return output
+
+    def _write(self, function: Any, args: Any, output: Any, kwargs: Any = None) -> Node:
+        given = tree_map(self._node_of, (args, kwargs or {}))
+        node = self.graph.call_function(function, *given)
+        node.meta["nn_module_stack"] = dict(self.stack)
+        if isinstance(output, Tensor):
+            return self._remember(output, node)
+        node.meta["val"] = output
+        for place, part in enumerate(output if isinstance(output, (tuple, list)) else ()):
+            if isinstance(part, Tensor):
+                self._remember(part, self._part(node, place))
+        return node
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
@@ -127,6 +136,8 @@ class _Recorder(TorchDispatchMode):
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         path = self.paths.get(module)
+        if isinstance(module, RECURRENT) and self.whole is None:
+            self.whole = module
         if path is not None:
             number = self.calls[path]
             self.calls[path] += 1
@@ -135,6 +146,9 @@ class _Recorder(TorchDispatchMode):
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         path = self.paths.get(module)
+        if module is self.whole:
+            self.whole = None
+            self._write(_name_of(module), (*args, *module.parameters()), output)
         last = next(reversed(self.stack), None)
         if last is not None and last.split("@")[0] == path:
             del self.stack[last]
@@ -166,3 +180,13 @@ class _Recorder(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _name_of(module: nn.Module) -> Any:
+    """A function of the name of a module's type, to stand for all that it does."""
+
+    def whole(*args: Any) -> None:
+        raise NotImplementedError
+
+    whole.__name__ = type(module).__name__.lower()
+    return whole

@@ -54,6 +54,10 @@ OLDER_NAMES = {"scalar_bias": "shift", "frozen": "constant"}
 """Parts of a ``RemovedNorm``, and what state dicts of the first networks call them."""
 
 
+STAYING = ("drop", "act")
+"""Parts of a norm that are none of its normalisation."""
+
+
 class RemovedNorm(nn.Module):
     """Stands where a normalisation layer stood: the identity, a frozen norm, a scalar bias.
 
@@ -81,7 +85,7 @@ class RemovedNorm(nn.Module):
         if biased:
             self.add_module("scalar_bias", ScalarBias())
         self.train(norm.training)
-        for name in ("drop", "act"):
+        for name in STAYING:
             if isinstance(getattr(norm, name, None), nn.Module):
                 self.add_module(name, norm.get_submodule(name))
 
