@@ -2,8 +2,9 @@
 
 ``python benchmarks/convert.py --images cifar10-jpeg.tar.xz --text train.en --output runs/convert``
 trains each network for ``--steps`` steps, as it is and converted (``calibrate=True``), on CIFAR-10
-(a tree or an archive of images); the Transformers on the bytes of a text. Each has four trainings
-from one seed: as it is with four learning rates; converted with the two in the middle, and with the
+(a tree or an archive of images); the language models on the bytes of a text, converted with an
+output that starts at the bytes' frequencies. Each has four trainings from one seed: as it is and by
+``fixup_adam`` with four learning rates; by ``fixup`` with the two in the middle, and with the
 product of a branch's factors as it is and tripled. The best setting, by the loss on validation
 data, is trained from the other ``--seeds`` too. Every finished training is a line of
 ``results.jsonl``; another start goes on behind it. ``--table`` prints all.
@@ -39,7 +40,9 @@ ADAM = "fixup_, fixup_adam"
 """Converted with ``method="fixup_adam"``, at all four learning rates."""
 UNCALIBRATED = "fixup_, no batch"
 """Converted without ``calibrate=True``."""
-CONTESTANTS = (AS_IT_IS, FIXUP, ADAM, UNCALIBRATED)
+NO_FREQUENCIES = "fixup_, no frequencies"
+"""A language model whose output does not start at the bytes' frequencies."""
+CONTESTANTS = (AS_IT_IS, FIXUP, ADAM, UNCALIBRATED, NO_FREQUENCIES)
 BASE = 8.0
 """c of ``fixup_adam``."""
 RESNET = (0.0005, 0.001, 0.002, 0.004)
@@ -255,13 +258,13 @@ def _measure(
 
         def train(lr: float, scale: float, seed: int, contestant: str = contestant) -> Any:
             net = _net(entry, contestant, data, scale, seed)
-            kept = _train(net, lr, data.batches(entry.side, args.steps, seed), args.steps)
+            highest = _train(net, lr, data.batches(entry.side, args.steps, seed), args.steps)
             loss, score = math.inf, 0.0
-            if kept:
+            if math.isfinite(highest):
                 loss, score = _score(net.eval(), data.validation(entry.side))
             return {
                 **{"net": name, "contestant": contestant, "lr": lr, "scale": scale, "seed": seed},
-                **{"steps": args.steps, "loss": loss, "score": score},
+                **{"steps": args.steps, "loss": loss, "score": score, "highest": highest},
             }
 
         known = {(row["lr"], row["scale"], row["seed"]) for row in trained}
@@ -298,7 +301,7 @@ def _net(entry: Entry, contestant: str, data: Data, scale: float = 1.0, seed: in
             else _method(scale),
             verbose=False,
         )
-        if not entry.side:
+        if not entry.side and contestant != NO_FREQUENCIES:
             fc.start_at_frequencies_(net, data.text)
     return net.train()
 
@@ -330,8 +333,9 @@ def _step(net: nn.Module, entry: Entry, data: Data) -> Callable[[], None]:
     return step
 
 
-def _train(net: nn.Module, lr: float, batches: Any, steps: int) -> bool:
-    """AdamW with a linear warm-up and decay; whether the loss stayed finite."""
+def _train(net: nn.Module, lr: float, batches: Any, steps: int) -> float:
+    """AdamW with a linear warm-up and decay; the highest loss on the way, inf where it is none."""
+    highest = 0.0
     optimizer = torch.optim.AdamW(fc.param_groups(net, lr=lr, weight_decay=0.05))
     warm = max(steps // 10, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -341,12 +345,13 @@ def _train(net: nn.Module, lr: float, batches: Any, steps: int) -> bool:
         optimizer.zero_grad()
         loss = _loss(net, inputs, labels)
         if not loss.isfinite():
-            return False
+            return math.inf
+        highest = max(highest, loss.item())
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return True
+    return highest
 
 
 @torch.no_grad()
@@ -365,7 +370,7 @@ def _finite_loss(row: dict[str, Any]) -> float:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    names = CONTESTANTS
+    names = [name for name in CONTESTANTS if any(row["contestant"] == name for row in rows)]
     print(f"| network | step, ratio | loss: {' | '.join(names)} | accuracy: {' | '.join(names)} |")
     print("|" + "---|" * (2 + 2 * len(names)))
     for name in dict.fromkeys(row["net"] for row in rows):
