@@ -2,8 +2,9 @@
 
 ``python benchmarks/convert.py --images cifar10-jpeg.tar.xz --text train.en --output runs/convert``
 trains each network for ``--steps`` steps, as it is and converted (``calibrate=True``), on CIFAR-10
-(a tree or an archive of images); the Transformers on the bytes of a text. Each has four trainings
-from one seed: as it is with four learning rates; converted with the two in the middle, and with the
+(a tree or an archive of images); the language models on the bytes of a text, converted with an
+output that starts at the bytes' frequencies. Each has four trainings from one seed: as it is and by
+``fixup_adam`` with four learning rates; by ``fixup`` with the two in the middle, and with the
 product of a branch's factors as it is and tripled. The best setting, by the loss on validation
 data, is trained from the other ``--seeds`` too. Every finished training is a line of
 ``results.jsonl``; another start goes on behind it. ``--table`` prints all.
@@ -18,6 +19,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,16 @@ from vision.data import CIFAR10
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.core import foreign
 
-CONTESTANTS = ("as it is", "fixup_")
+AS_IT_IS, FIXUP = "as it is", "fixup_"
+ADAM = "fixup_, fixup_adam"
+"""Converted with ``method="fixup_adam"``, at all four learning rates."""
 UNCALIBRATED = "fixup_, no batch"
 """Converted without ``calibrate=True``."""
+NO_FREQUENCIES = "fixup_, no frequencies"
+"""A language model whose output does not start at the bytes' frequencies."""
+CONTESTANTS = (AS_IT_IS, FIXUP, ADAM, UNCALIBRATED, NO_FREQUENCIES)
+BASE = 8.0
+"""c of ``fixup_adam``."""
 RESNET = (0.0005, 0.001, 0.002, 0.004)
 SMALL = (0.002, 0.004, 0.008, 0.016)
 VIT = (0.0001, 0.0003, 0.001, 0.003)
@@ -45,6 +54,49 @@ SCALES = (1.0, 3.0)
 """Of the product of a branch's factors: the rule has ``scale / sqrt(L)``."""
 BLOCK = 64
 """Bytes that the language model reads at a time."""
+
+
+def _gpt2() -> nn.Module:
+    """4 layers of GPT-2, 128 wide, on bytes."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=256,
+        n_positions=BLOCK,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        activation_function="gelu",
+        tie_word_embeddings=False,
+    )
+    return Logits(GPT2LMHeadModel(config))
+
+
+def _llama() -> nn.Module:
+    """4 layers of Llama, 128 wide, on bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=BLOCK,
+        tie_word_embeddings=False,
+    )
+    return Logits(LlamaForCausalLM(config))
+
+
+class Logits(nn.Module):
+    """A language model of ``transformers``: tokens to logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens, use_cache=False).logits
 
 
 def _timm(name: str, **options: Any) -> nn.Module:
@@ -80,11 +132,13 @@ class Entry:
     side: int
     rates: tuple[float, ...]
 
-    def settings(self, contestant: str) -> list[tuple[float, float]]:
+    def settings(
+        self, contestant: str, rates: list[float] | None = None
+    ) -> list[tuple[float, float]]:
         """Learning rates and scales of the rule, the same number for each contestant."""
-        if contestant != "as it is":
-            return [(lr, scale) for lr in self.rates[1:3] for scale in SCALES]
-        return [(lr, 1.0) for lr in self.rates]
+        if rates or contestant in (AS_IT_IS, ADAM):
+            return [(lr, BASE if contestant == ADAM else 1.0) for lr in rates or self.rates]
+        return [(lr, scale) for lr in self.rates[1:3] for scale in SCALES]
 
 
 tv = torchvision.models
@@ -104,7 +158,15 @@ NETS = {
     "PreActivation": Entry(foreign.PreActivation, 32, SMALL),
     "Separable": Entry(foreign.Separable, 32, SMALL),
     "GatedMlp": Entry(foreign.GatedMlp, 32, SMALL),
+    "timm resnet26d": Entry(lambda: _timm("resnet26d"), 32, RESNET),
+    "timm regnetx_002": Entry(lambda: _timm("regnetx_002"), 32, RESNET),
+    "timm convnext_atto": Entry(lambda: _timm("convnext_atto"), 32, RESNET),
 }
+if find_spec("transformers"):
+    NETS |= {
+        "transformers GPT-2": Entry(_gpt2, 0, TEXT),
+        "transformers Llama": Entry(_llama, 0, TEXT),
+    }
 
 
 def main() -> None:
@@ -137,8 +199,9 @@ def _parse() -> argparse.Namespace:
     add("--steps", type=int, default=150, help="default: 150; 0: times alone")
     add("--seeds", type=int, default=3, help="of the best setting (default: 3)")
     add("--batch", type=int, default=64, help="default: 64")
-    add("--rounds", type=int, default=5, help="of timing (default: 5)")
-    add("--uncalibrated", action="store_true", help="train them without calibrate=True too")
+    add("--rounds", type=int, default=5, help="of timing (default: 5; 0: no times)")
+    add("--contestants", nargs="+", default=[AS_IT_IS, FIXUP], choices=CONTESTANTS)
+    add("--rates", nargs="+", type=float, help="these alone, and the rules as they are")
     add("--threads", type=int, default=2, help="default: 2")
     add("--table", action="store_true", help="print the results so far")
     return parser.parse_args()
@@ -186,27 +249,26 @@ def _measure(
     name: str, data: Data, args: argparse.Namespace, done: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     entry = NETS[name]
-    if not _rows(done, name, "seconds"):
-        nets = {contestant: _net(entry, contestant, data) for contestant in CONTESTANTS}
+    if args.rounds and not _rows(done, name, "seconds"):
+        nets = {contestant: _net(entry, contestant, data) for contestant in (AS_IT_IS, FIXUP)}
         seconds = compare({c: _step(net, entry, data) for c, net in nets.items()}, args.rounds)
         yield {"net": name, "contestant": "seconds", "seconds": seconds}
-    trained_ones = [*CONTESTANTS, UNCALIBRATED] if args.uncalibrated else CONTESTANTS
-    for contestant in trained_ones if args.steps else ():
+    for contestant in args.contestants if args.steps else ():
         trained = [row for row in _rows(done, name, contestant) if row["steps"] == args.steps]
 
         def train(lr: float, scale: float, seed: int, contestant: str = contestant) -> Any:
             net = _net(entry, contestant, data, scale, seed)
-            kept = _train(net, lr, data.batches(entry.side, args.steps, seed), args.steps)
+            highest = _train(net, lr, data.batches(entry.side, args.steps, seed), args.steps)
             loss, score = math.inf, 0.0
-            if kept:
+            if math.isfinite(highest):
                 loss, score = _score(net.eval(), data.validation(entry.side))
             return {
                 **{"net": name, "contestant": contestant, "lr": lr, "scale": scale, "seed": seed},
-                **{"steps": args.steps, "loss": loss, "score": score},
+                **{"steps": args.steps, "loss": loss, "score": score, "highest": highest},
             }
 
         known = {(row["lr"], row["scale"], row["seed"]) for row in trained}
-        for lr, scale in entry.settings(contestant):
+        for lr, scale in entry.settings(contestant, args.rates):
             if (lr, scale, 0) not in known:
                 trained.append(train(lr, scale, 0))
                 yield trained[-1]
@@ -228,15 +290,19 @@ def _best(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _net(entry: Entry, contestant: str, data: Data, scale: float = 1.0, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     net = entry.make().to(memory_format=torch.channels_last)
-    if contestant != "as it is":
+    if contestant != AS_IT_IS:
         example = next(data.batches(entry.side, 1))[0]
         fc.fixup_(
             net,
             example_inputs=example,
             calibrate=contestant != UNCALIBRATED,
-            method=_method(scale),
+            method=fc.METHODS["fixup_adam"].with_base(scale)
+            if contestant == ADAM
+            else _method(scale),
             verbose=False,
         )
+        if not entry.side and contestant != NO_FREQUENCIES:
+            fc.start_at_frequencies_(net, data.text)
     return net.train()
 
 
@@ -267,8 +333,9 @@ def _step(net: nn.Module, entry: Entry, data: Data) -> Callable[[], None]:
     return step
 
 
-def _train(net: nn.Module, lr: float, batches: Any, steps: int) -> bool:
-    """AdamW with a linear warm-up and decay; whether the loss stayed finite."""
+def _train(net: nn.Module, lr: float, batches: Any, steps: int) -> float:
+    """AdamW with a linear warm-up and decay; the highest loss on the way, inf where it is none."""
+    highest = 0.0
     optimizer = torch.optim.AdamW(fc.param_groups(net, lr=lr, weight_decay=0.05))
     warm = max(steps // 10, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -278,12 +345,13 @@ def _train(net: nn.Module, lr: float, batches: Any, steps: int) -> bool:
         optimizer.zero_grad()
         loss = _loss(net, inputs, labels)
         if not loss.isfinite():
-            return False
+            return math.inf
+        highest = max(highest, loss.item())
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return True
+    return highest
 
 
 @torch.no_grad()
@@ -302,7 +370,7 @@ def _finite_loss(row: dict[str, Any]) -> float:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    names = (*CONTESTANTS, UNCALIBRATED)
+    names = [name for name in CONTESTANTS if any(row["contestant"] == name for row in rows)]
     print(f"| network | step, ratio | loss: {' | '.join(names)} | accuracy: {' | '.join(names)} |")
     print("|" + "---|" * (2 + 2 * len(names)))
     for name in dict.fromkeys(row["net"] for row in rows):

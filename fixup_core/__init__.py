@@ -19,6 +19,7 @@ from fixup_core.measure.flow import gradient_flow, plot_flows
 from fixup_core.measure.homogeneous import homogeneous_sets, is_positively_homogeneous
 from fixup_core.measure.paths import path_lengths, residual_split
 from fixup_core.rules.branches import Place, ResidualBranch, WeightLayer, collect_branches
+from fixup_core.rules.frequencies import start_at_frequencies_
 from fixup_core.rules.init import fixup_init_, initialise_, lsuv_init_, standard_init_
 from fixup_core.rules.method import Method
 from fixup_core.rules.methods import METHODS
@@ -80,4 +81,5 @@ __all__ = [
     "residual_split",
     "scalars",
     "standard_init_",
+    "start_at_frequencies_",
 ]

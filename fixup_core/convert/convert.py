@@ -82,7 +82,8 @@ def fixup_(
             before weight layers start at minus the mean of what comes in; norms outside the
             branches, or before a branch's first layer, become constants (``convert.calibration``).
             Not in the paper; LSUV sets weights by a batch (Mishkin and Matas 2016), this sets
-            scalars and constants alone. Clip the gradients of such a network.
+            scalars and constants alone. Clip the gradients of such a network, and where classes
+            differ in frequency, as words do, call ``start_at_frequencies_`` next.
         check: Call the network with ``example_inputs``, once as it was and three times converted,
             forward and backward on copies of its parameters, and report what does not learn. It
             takes a few steps' time and memory; on the meta device nothing is called.
@@ -193,6 +194,11 @@ def _report(
     tied = [name for name in head if names[id(net.get_parameter(name))] in kept]
     notes = [f"{name} is an embedding too and cannot be 0: it stays" for name in tied]
     notes += _on_branches(net, method)
+    if method.head_prior and head:
+        notes.append(
+            f"{method.name!r} starts the output layer at the classes' frequencies: "
+            "fc.start_at_frequencies_(net, labels)"
+        )
     frozen = plan.freezable() if calibrate else ()
     if calibrate and not frozen:
         notes.append(
