@@ -89,8 +89,9 @@ def check_alive(
         return []
     if not seen.finite:
         raise UserError(
-            f"{type(net).__name__} gives numbers that are not finite once converted: give its "
-            "output layer by head= if another one was taken for it"
+            f"{type(net).__name__} gives numbers that are not finite once converted: "
+            "calibrate=True with a batch of real data keeps the sizes that its norms set; or give "
+            "its output layer by head= if another one was taken for it"
         )
     faint = [note for path in head for note in _faint(path, before, seen)]
     if seen.broken_off:

@@ -174,9 +174,21 @@ class Survey:
         return near_joins(self.trace, self.joins, NEARLY_JOINING)
 
     def others(self, branch: FoundBranch) -> Iterator[tuple[Node, list[str]]]:
-        """The parameters of a branch that are neither weights nor gains, and the operations that
-        use them; without those operations that need no rule.
+        """The parameters of a branch that are neither weights nor gains nor scales, and the
+        operations that use them; without those operations that need no rule.
         """
+        for node, names in self._further(branch):
+            if operation(node) != "mul":
+                yield node, names
+
+    def scales(self, branch: FoundBranch) -> list[str]:
+        """The parameters that multiply a branch by something that is computed from them, as
+        temperatures do: they stay.
+        """
+        further = [names for node, names in self._further(branch) if operation(node) == "mul"]
+        return [name for names in further for name in names]
+
+    def _further(self, branch: FoundBranch) -> Iterator[tuple[Node, list[str]]]:
         for node in sorted(branch.way, key=self.trace.order.__getitem__):
             needs_none = operation(node) in LEFT_ALONE | VIEWS or self.trace.norms_of(node)
             if needs_none or self.trace.use(node):

@@ -136,6 +136,10 @@ def _notes(
             f"normalisation is left where no layer does it alone: {', '.join(places[:3])}"
             + (f" and {len(places) - 3} more" if len(places) > 3 else "")
         )
+    scales = sorted({name for branch in survey.branches for name in survey.scales(branch)})
+    if scales:
+        shown = ", ".join(scales[:3])
+        notes.append(f"{len(scales)} parameters scale branches by a function of theirs: {shown}")
     returned = [branch.name for branch in survey.branches if branch.returned]
     if returned:
         notes.append(
@@ -179,7 +183,7 @@ def _check_functions(survey: Survey) -> None:
     """Raise unless all normalisation but that of gates is done by modules."""
     gates = {node for branch in survey.branches for node in branch.inside - branch.way}
     for node in survey.trace.nodes:
-        if node in gates:
+        if node in gates or node not in survey.trace.sources:
             continue
         if operation(node) in NORMALISING and not survey.trace.norms_of(node):
             raise UserError(

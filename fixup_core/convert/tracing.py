@@ -151,11 +151,26 @@ class Trace:
             return None
         computed = len(self.parameters[matrices[0]]) > 1 or not is_view(matrices[0])
         name = min(self.parameters[matrices[0]])
-        others = [n for n in constant if n is not matrices[0] and is_view(n)]
+        vectors = [n for n in constant if n is not matrices[0]] or self._added(node)
         biases = sorted(
-            b for n in others for b in self.parameters[n] if holder_of(b) == holder_of(name)
+            bias
+            for vector in vectors
+            if is_view(vector)
+            for bias in self.parameters[vector]
+            if holder_of(bias) == holder_of(name)
         )
         return Use(node, flowing[0], name, biases[0] if biases else None, computed)
+
+    def _added(self, product: Node) -> list[Node]:
+        """The parameters that are added to a product behind it, as a bias recorded by itself is."""
+        node = product
+        while len(node.users) == 1:
+            node = next(iter(node.users))
+            if operation(node) == "add":
+                return [n for n in node.all_input_nodes if self.parameters.get(n)]
+            if operation(node) not in VIEWS:
+                break
+        return []
 
 
 def operation(node: Node) -> str:

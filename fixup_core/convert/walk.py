@@ -166,8 +166,11 @@ def is_made_by(trace: Trace, node: Node, operations: frozenset[str]) -> bool:
         op, given = operation(node), floating(trace.flowing(node))
         if op in operations or not given:
             return op in operations
+        # What is divided by another signal, as by its own mean, has no size of its own.
+        if op == "div" and len(given) > 1:
+            return True
         passes = op in VIEWS | DROPPING | KEEPING_BOUNDS or trace.use(node) is not None
-        if not passes or (len(given) != 1 and op not in ("div", "masked_fill")):
+        if not passes or (len(given) != 1 and op != "masked_fill"):
             return False
         node = given[0]
 

@@ -71,6 +71,18 @@ KINDS: dict[str, Kind] = {
     "talking heads": (_talking_heads, [("c d", 2, "d")]),
     "a branch within": (_nested, [("b c", 2, "c")]),
     "sums of pieces within": (_multi_scale, [("a b c d", 4, "d")]),
+    "a response norm": (
+        lambda n, x: n.e(x + n.b((h := F.gelu(n.a(x))) + h * (h.norm(dim=1, keepdim=True) / 1.5))),
+        [("a b", 3, "b")],
+    ),
+    "a response norm by its mean": (
+        lambda n, x: n.e(x + n.b((h := F.gelu(n.a(x))) + h * ((s := h.abs()) / s.mean()))),
+        [("a b", 2, "b")],
+    ),
+    "a temperature": (
+        lambda n, x: n.e(x + n.b(F.relu(n.a(x)) * torch.exp(n.f.bias))),
+        [("a b", 2, "b")],
+    ),
     "a power written as a float": (
         lambda n, x: n.e(x + n.b(F.relu(n.a(x)).pow(2.0))),
         [("a b", 3, "b")],
