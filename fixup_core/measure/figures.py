@@ -83,10 +83,10 @@ def draw(
     columns = max(1, min(columns or len(panels), len(panels)))
     rows = math.ceil(len(panels) / columns)
     figure = _figure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
-    places = figure.subplots(rows, columns, squeeze=False, sharey=share_y).flat
+    places = list(figure.subplots(rows, columns, squeeze=False, sharey=share_y).flat)
     for panel, axes in zip(panels, places, strict=False):
         _fill(axes, panel)
-    for axes in list(places)[len(panels) :]:
+    for axes in places[len(panels) :]:
         axes.set_visible(False)
     check_figure_file(file)
     with whole_file(file) as temporary:

@@ -22,7 +22,7 @@ class Line:
     Attributes:
         best_lr: The rate with the lowest loss, the mean over seeds.
         best_loss: Validation loss at that rate, in bits.
-        shallow_loss: At the rate that is best at the smallest depth.
+        shallow_loss: At the rate that is best at the smallest depth; ``None``: not run at it.
         diverged: Trainings whose loss was no number, or above the highest at the smallest depth.
         trainings: In all.
     """
@@ -32,7 +32,7 @@ class Line:
     depth: int
     best_lr: float
     best_loss: float
-    shallow_loss: float
+    shallow_loss: float | None
     diverged: int
     trainings: int
 
@@ -53,7 +53,7 @@ def summarise(results: Results, chance: float) -> list[Line]:
             shallow = best if math.isnan(shallow) else shallow
             losses = [loss for found in by_rate.values() for loss in found]
             diverged = sum(not loss < chance for loss in losses)
-            at_shallow = means.get(shallow, math.nan)
+            at_shallow = means.get(shallow)
             numbers = (best, means[best], at_shallow, diverged, len(losses))
             lines.append(Line(method, warmup, depth, *numbers))
     return lines
@@ -67,10 +67,15 @@ def markdown(lines: Iterable[Line]) -> str:
     ]
     rows += [
         f"| {line.method} | {line.warmup} | {line.depth} | {line.best_lr:g} | "
-        f"{line.best_loss:.3f} | {line.shallow_loss:.3f} | {line.diverged} of {line.trainings} |"
+        f"{line.best_loss:.3f} | {_number(line.shallow_loss)} | "
+        f"{line.diverged} of {line.trainings} |"
         for line in lines
     ]
     return "\n".join(rows) + "\n"
+
+
+def _number(loss: float | None) -> str:
+    return "not run" if loss is None else f"{loss:.3f}"
 
 
 def figure(results: Results, file: Path) -> None:

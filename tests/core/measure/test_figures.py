@@ -67,6 +67,13 @@ def test_nothing_but_overflow_can_be_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_places_without_a_panel_are_empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    figure = Figure()
+    monkeypatch.setattr(figures, "_figure", lambda **options: figure)
+    draw([Panel([], "x", "y")] * 3, tmp_path / "figure.png", columns=2)
+    assert [axes.get_visible() for axes in figure.axes] == [True, True, True, False]
+
+
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def missing(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")

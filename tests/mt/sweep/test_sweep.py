@@ -75,8 +75,15 @@ def test_what_a_sweep_shows(tmp_path: Path) -> None:
     shallow, deep = summarise(table, chance=10.0)
     assert (shallow.best_lr, shallow.best_loss, shallow.diverged) == (0.005, 4.0, 0)
     assert (deep.best_lr, deep.best_loss, deep.diverged, deep.trainings) == (0.002, 4.5, 1, 2)
-    assert math.isnan(deep.shallow_loss)
+    assert deep.shallow_loss is not None and math.isnan(deep.shallow_loss)
     assert markdown([deep]).endswith("| fixup | 0 | 12 | 0.002 | 4.500 | nan | 1 of 2 |\n")
+
+
+def test_a_rate_that_was_not_run_is_not_told_as_diverged(tmp_path: Path) -> None:
+    table = Table(tmp_path / TABLE, Point, Result)
+    for depth, lr in ((3, 0.005), (12, 0.002)):
+        table.add(Point("fixup", depth, lr, 0, 1), Result(4.0, 9.0, 1.0, 250))
+    assert markdown(summarise(table, chance=10.0)).endswith("| 4.000 | not run | 0 of 1 |\n")
 
 
 def test_a_table_goes_on_where_it_was(tmp_path: Path) -> None:
