@@ -20,7 +20,7 @@ from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fixup_core.probing import Inputs, arguments_of, in_training_mode
+from fixup_core.probing import Inputs, arguments_of, in_mode
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -41,9 +41,27 @@ class Traced:
     inputs: frozenset[str]
     outputs: frozenset[str]
 
+    @property
+    def used(self) -> int:
+        """How many parameters anything is computed from."""
+        return sum(bool(node.users) for node in self.nodes if node.name in self.parameters)
+
 
 def recorded(net: nn.Module, inputs: Inputs) -> Traced:
-    """Call ``net`` in training mode and write down what it does. It is as it was after."""
+    """Call ``net`` and write down what it does. It is as it was after.
+
+    It is called in training mode, and in evaluation mode too: in training whole layers may be left
+    out by chance. Where more parameters are used in evaluation, that is what counts.
+    """
+    training = _recorded(net, inputs, train=True)
+    try:
+        evaluation = _recorded(net, inputs, train=False)
+    except Exception:  # some networks want other inputs there
+        return training
+    return evaluation if evaluation.used > training.used else training
+
+
+def _recorded(net: nn.Module, inputs: Inputs, train: bool) -> Traced:
     args, kwargs = arguments_of(inputs)
     recorder = _Recorder(net)
     entering = [recorder.enters(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -51,7 +69,7 @@ def recorded(net: nn.Module, inputs: Inputs) -> Traced:
     devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
     try:
         with (
-            in_training_mode(net),
+            in_mode(net, train),
             torch.random.fork_rng(devices),
             torch.no_grad(),
             recorder.following(),
@@ -117,7 +135,6 @@ class _Recorder(TorchDispatchMode):
         node.meta["nn_module_stack"] = dict(self.stack)
         if isinstance(output, Tensor):
             return self._remember(output, node)
-        node.meta["val"] = output
         for place, part in enumerate(output if isinstance(output, (tuple, list)) else ()):
             if isinstance(part, Tensor):
                 self._remember(part, self._part(node, place))
@@ -159,7 +176,9 @@ class _Recorder(TorchDispatchMode):
         return part
 
     def _remember(self, tensor: Tensor, node: Node) -> Node:
-        node.meta["val"], node.meta["at"] = tensor, len(self.alive)
+        # Its shape and dtype: the numbers can go once the call is over.
+        node.meta["val"] = torch.empty_like(tensor, device="meta")
+        node.meta["at"] = len(self.alive)
         self.known[id(tensor)] = node
         self.alive.append(tensor)
         return node

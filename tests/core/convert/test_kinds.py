@@ -271,3 +271,23 @@ def test_a_path_that_depends_on_numbers_is_recorded() -> None:
     ]
     assert report.removed == ("norms.0", "norms.1", "norms.2") and before
     assert report.head == ("out.weight",)
+
+
+class LayerDrop(nn.Module):
+    """Leaves whole layers out while it trains, by chance; here always the second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.out = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.layers[1](F.relu(self.layers[0](x)))
+        if not self.training:
+            x = x + self.layers[3](F.relu(self.layers[2](x)))
+        return self.out(x)
+
+
+def test_layers_that_are_left_out_by_chance_are_found() -> None:
+    report = fixup_(LayerDrop(), torch.randn(4, 8), verbose=False)
+    assert [branch.m for branch in report.branches] == [2, 2]
