@@ -137,6 +137,9 @@ def normalising(net: nn.Module, inputs: Inputs) -> int:
 def learning(net: nn.Module, inputs: Inputs) -> set[str]:
     """Names of the parameters that have a gradient in the last of a few steps from here."""
     net = copy.deepcopy(net)
+    for module in net.modules():
+        if "drop" in type(module).__name__.lower() or "depth" in type(module).__name__.lower():
+            module.eval()  # a branch that chance leaves out would seem not to learn
     args, named = arguments_of(inputs)
     optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
     for _ in range(STEPS):
