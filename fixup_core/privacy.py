@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fixup_core.convert.attach import AFTER, BEFORE, MULTIPLIER
+from fixup_core.convert.attach import ATTACHED, MULTIPLIER
 from fixup_core.errors import UserError
 from fixup_core.rules.frozen import RemovedNorm
 from fixup_core.rules.placed import DepthMultiplier, PlacedConstant
@@ -33,7 +33,6 @@ from fixup_core.rules.scalars import Scalar, ScalarBias, ScalarMultiplier
 Sampler = Callable[[Any, list[Tensor], Tensor], dict[nn.Parameter, Tensor]]
 """Of a module, what went in and the gradient at what came out, both [B, ...]: the gradients of its
 own parameters, [B, *parameter.shape]."""
-ATTACHED = (BEFORE, MULTIPLIER, AFTER)
 
 
 def grad_sample_module(

@@ -7,7 +7,7 @@ nothing, so that a network can still be copied, pickled and loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from fixup_core.rules.scalars import ScalarBias
 
 BEFORE, MULTIPLIER, AFTER = "fixup_before", "fixup_multiplier", "fixup_after"
+ATTACHED = (BEFORE, MULTIPLIER, AFTER)
 T = TypeVar("T")
 
 
@@ -54,21 +55,29 @@ def _attach_(module: nn.Module, name: str, scalar: nn.Module) -> None:
 
 
 def _add_before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    entering = args[0] if args else kwargs.get("query", next(iter(kwargs.values())))
-    biased = module.get_submodule(BEFORE)(entering)
-    args = tuple(biased if given is entering else given for given in args)
-    return args, {k: biased if given is entering else given for k, given in kwargs.items()}
+    return on_entering(module.get_submodule(BEFORE), args, kwargs)
 
 
 def _multiply(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return _on_first(module.get_submodule(MULTIPLIER), output)
+    return on_first(module.get_submodule(MULTIPLIER), output)
 
 
 def _add_after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return _on_first(module.get_submodule(AFTER), output)
+    return on_first(module.get_submodule(AFTER), output)
 
 
-def _on_first(scalar: nn.Module, output: Any) -> Any:
+def on_entering(
+    change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, the first one changed, and others that are the same tensor."""
+    entering = args[0] if args else kwargs.get("query", next(iter(kwargs.values())))
+    changed = change(entering)
+    args = tuple(changed if given is entering else given for given in args)
+    return args, {k: changed if given is entering else given for k, given in kwargs.items()}
+
+
+def on_first(scalar: Callable[[Any], Any], output: Any) -> Any:
+    """What a call returns, changed; of a tuple, the first."""
     if isinstance(output, tuple):  # attention returns its weights too
         return (scalar(output[0]), *output[1:])
     return scalar(output)

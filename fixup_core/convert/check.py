@@ -62,7 +62,7 @@ def seen_before(net: nn.Module, inputs: Inputs) -> Seen | None:
             f"{type(net).__name__} cannot be called with these example_inputs: "
             f"{type(error).__name__}: {one_line(str(error))[:200]}"
         ) from error
-    if seen is not None and not seen.finite:
+    if not seen.finite:
         raise UserError("the example inputs give numbers that are not finite: scale them first")
     return seen
 
@@ -85,8 +85,6 @@ def check_alive(
     new = {n for n, p in net.named_parameters() if "fixup_" in n or "scalar_bias" in n}
     own = {name for name, _ in net.named_parameters()} & before.learning
     seen = _seen(net, inputs, steps=STEPS, awaited=own | new)
-    if seen is None:
-        return []
     if not seen.finite:
         raise UserError(
             f"{type(net).__name__} gives numbers that are not finite once converted: "
@@ -118,14 +116,14 @@ def _faint(path: str, before: Seen, after: Seen) -> Iterator[str]:
         )
 
 
-def _seen(net: nn.Module, inputs: Inputs, steps: int, awaited: Collection[str] = ()) -> Seen | None:
+def _seen(net: nn.Module, inputs: Inputs, steps: int, awaited: Collection[str] = ()) -> Seen:
     """What happens in ``steps``, or until all parameters that are ``awaited`` have a gradient."""
     values = {
-        name: (parameter.detach().clone() if steps > 1 else parameter.detach())
+        name: (parameter.detach().clone() if steps > 1 else parameter.detach()).requires_grad_(
+            parameter.requires_grad
+        )
         for name, parameter in net.named_parameters()
     }
-    for name, parameter in net.named_parameters():
-        values[name].requires_grad_(parameter.requires_grad)
     learnt = {name: value for name, value in values.items() if value.requires_grad}
     entering: dict[str, float] = {}
     finite, began = True, time.monotonic()
@@ -135,8 +133,6 @@ def _seen(net: nn.Module, inputs: Inputs, steps: int, awaited: Collection[str] =
             return Seen(frozenset(learning), finite, entering, broken_off=True)
         with _sizes(net, entering), _training_but_for_dropout(net):
             outputs = float_tensors(outputs_of(net, inputs, values))
-        if any(value.is_meta for value in (*values.values(), *outputs)):
-            return None
         grads = _gradients(outputs, learnt)
         finite &= all(bool(t.isfinite().all()) for t in (*outputs, *grads.values()))
         learning |= {name for name, grad in grads.items() if bool(grad.any())}
@@ -185,7 +181,7 @@ def _sizes(net: nn.Module, entering: dict[str, float]) -> Iterator[None]:
     def note(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             first = next(iter(float_tensors(args[:1])), None)
-            if first is not None and not first.is_meta and path not in entering:
+            if first is not None and path not in entering:
                 entering[path] = float(first.detach().float().std(correction=0))
 
         return hook

@@ -116,8 +116,8 @@ def fixup_(
         raise UserError(f"convert the network before {type(net).__name__} wraps it")
     if calibrate:
         _check_calibration(method, example_inputs, keep_norms)
-    looked = check and example_inputs is not None
-    before = seen_before(net, example_inputs) if looked and example_inputs is not None else None
+    looked = example_inputs if check else None
+    before = None if looked is None else seen_before(net, looked)
     norm_types = (*NORMS, *norm_types)
     with plain_weights(net) as parametrised:
         if branches is None and not collect_branches(net):
@@ -138,10 +138,10 @@ def fixup_(
             if calibrate and example_inputs is not None:
                 calibrate_(net, example_inputs, plan)
             report = _report(net, plan, method, init, calibrate)
-            if before is not None and example_inputs is not None:
+            if before is not None and looked is not None:
                 inner = [name for branch in report.branches for name in branch.layers]
                 heads = [layer.unit for layer in plan.head]
-                notes = check_alive(net, example_inputs, before, inner, heads)
+                notes = check_alive(net, looked, before, inner, heads)
                 report = replace(report, notes=(*report.notes, *notes))
     if verbose:
         print(report)

@@ -20,7 +20,7 @@ from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fixup_core.probing import Inputs, arguments_of, in_mode
+from fixup_core.probing import Inputs, arguments_of, in_mode, outputs_of
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -62,23 +62,11 @@ def recorded(net: nn.Module, inputs: Inputs) -> Traced:
 
 
 def _recorded(net: nn.Module, inputs: Inputs, train: bool) -> Traced:
-    args, kwargs = arguments_of(inputs)
     recorder = _Recorder(net)
-    entering = [recorder.enters(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
-    try:
-        with (
-            in_mode(net, train),
-            torch.random.fork_rng(devices),
-            torch.no_grad(),
-            recorder.following(),
-            recorder,
-        ):
-            outputs = net(*args, **kwargs)
-    finally:
-        for name, buffer in net.named_buffers():
-            buffer.copy_(buffers[name])
+    given = tree_leaves(arguments_of(inputs))
+    entering = [recorder.enters(tensor) for tensor in given if isinstance(tensor, Tensor)]
+    with in_mode(net, train), torch.no_grad(), recorder.following(), recorder:
+        outputs = outputs_of(net, inputs)
     leaving = [recorder.known.get(id(t)) for t in tree_leaves(outputs) if isinstance(t, Tensor)]
     return Traced(
         tuple(recorder.graph.nodes),

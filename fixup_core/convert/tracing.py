@@ -48,7 +48,7 @@ class Trace:
     """What ``net`` does with ``inputs``.
 
     Args:
-        net: It is traced in training mode, with no numbers computed, and left as it was.
+        net: Left as it was.
         inputs: A tensor, a tuple of arguments or a mapping of named ones.
 
     Attributes:
@@ -195,13 +195,12 @@ def place_of(node: Node) -> str:
 
 def stack(node: Node) -> list[str]:
     """The paths of the modules that call a node's operation, the innermost last."""
-    return [_clean(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return list(map(_clean, _calls(node)))
 
 
 def first_calls(node: Node) -> list[str]:
     """The paths of the modules whose first call has a node's operation."""
-    raw = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    return [path for path in map(_clean, (p for p in raw if "@" not in p)) if path]
+    return [path for path in map(_clean, (c for c in _calls(node) if "@" not in c)) if path]
 
 
 def shape_of(node: Node) -> tuple[int, ...] | None:
@@ -234,33 +233,13 @@ def is_view(node: Node) -> bool:
     return True
 
 
+def _calls(node: Node) -> list[str]:
+    """The modules' calls: a module that is called again has "@1" behind its path."""
+    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+
+
 def _clean(path: str) -> str:
-    # A module that is called again has "@1" behind its path.
     return path.removeprefix("L['self'].").removeprefix("L['self']").split("@")[0]
-
-
-WAYS: tuple[Callable[[nn.Module, Inputs], Traced], ...] = (
-    lambda net, inputs: recorded(net, inputs),
-    lambda net, inputs: _exported_by(net, inputs),
-    lambda net, inputs: _exported_by(net, inputs, train=False),
-    lambda net, inputs: _exported_by(net, inputs, strict=True),
-)
-"""To trace a network, one after the other: exported as it trains; recorded while it runs, where its
-path depends on numbers; as it is evaluated; by TorchDynamo."""
-
-
-def _exported(net: nn.Module, inputs: Inputs) -> Traced:
-    first: Exception | None = None
-    for traced_by in WAYS:
-        try:
-            return traced_by(net, inputs)
-        except Exception as error:
-            first = first or error
-    raise UserError(
-        f"{type(net).__name__} cannot be traced, so its residual branches must be named: "
-        "branches={'block1': ['block1.conv1', 'block1.conv2'], ...} "
-        f"(torch.export: {one_line(str(first))[:200]})"
-    ) from first
 
 
 def _exported_by(
@@ -280,6 +259,30 @@ def _exported_by(
         frozenset(map(str, signature.user_inputs)),
         frozenset(map(str, signature.user_outputs)),
     )
+
+
+WAYS: tuple[Callable[[nn.Module, Inputs], Traced], ...] = (
+    recorded,
+    _exported_by,
+    functools.partial(_exported_by, train=False),
+    functools.partial(_exported_by, strict=True),
+)
+"""To trace a network, one after the other: recorded while it runs; without numbers, as on the meta
+device, exported as it trains, as it is evaluated, by TorchDynamo."""
+
+
+def _exported(net: nn.Module, inputs: Inputs) -> Traced:
+    first: Exception | None = None
+    for traced_by in WAYS:
+        try:
+            return traced_by(net, inputs)
+        except Exception as error:
+            first = first or error
+    raise UserError(
+        f"{type(net).__name__} cannot be traced, so its residual branches must be named: "
+        "branches={'block1': ['block1.conv1', 'block1.conv2'], ...} "
+        f"(torch.export: {one_line(str(first))[:200]})"
+    ) from first
 
 
 @contextlib.contextmanager

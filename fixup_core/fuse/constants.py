@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fixup_core.convert.attach import on_entering, on_first
+
 
 @dataclass(frozen=True)
 class Numbers:
@@ -109,22 +111,10 @@ class WithConstants(nn.Module):
             return getattr(self.layer, name)
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        if self.before is not None:
-            args, options = self._shifted(args, options)
-        output = self.layer(*args, **options)
-        if isinstance(output, tuple):  # attention returns its weights too
-            return (self._rescaled(output[0]), *output[1:])
-        return self._rescaled(output)
-
-    def _shifted(
-        self, args: tuple[Any, ...], options: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        first = args[0] if args else options.get("query", next(iter(options.values())))
-        shifted = first + self.before
-        return (
-            tuple(shifted if given is first else given for given in args),
-            {k: shifted if given is first else given for k, given in options.items()},
-        )
+        before = self.before
+        if before is not None:
+            args, options = on_entering(lambda x: x + before, args, options)
+        return on_first(self._rescaled, self.layer(*args, **options))
 
     def _rescaled(self, x: Tensor) -> Tensor:
         x = x if self.multiplier is None else x * self.multiplier

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fixup_core.convert import attach
-from fixup_core.convert.attach import AFTER, BEFORE, MULTIPLIER, Declared
+from fixup_core.convert.attach import ATTACHED, Declared
 from fixup_core.errors import UserError, one_line
 from fixup_core.fuse.constants import NONE, Affine, Numbers, Unnormalised, WithConstants
 from fixup_core.fuse.layers import computes_as, fold_into_
@@ -25,7 +25,6 @@ from fixup_core.rules.parametrised import plain_copy
 from fixup_core.rules.placed import ChannelMultiplier, PlacedConstant
 from fixup_core.rules.scalars import Scalar
 
-ATTACHED = (BEFORE, MULTIPLIER, AFTER)
 TORCHVISION_BLOCK = "torchvision.models.vision_transformer.EncoderBlock"
 OURS = (Scalar, PlacedConstant, ChannelMultiplier, FrozenNorm, RemovedNorm)
 

@@ -106,3 +106,18 @@ class GatedLayer(nn.Module):
         x = x + self.attend(self.norm1(x))
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class Tied(nn.Module):
+    """A language model whose output shares the embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 11, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.embed(words)
+        return self.out(x + self.fc2(F.gelu(self.fc1(self.norm(x)))))

@@ -16,7 +16,7 @@ from fixup_core import collect_branches, fixup_, scalars
 from fixup_core.rules.frozen import RemovedNorm
 from fixup_core.rules.standards import NORMS
 from tests.core.convert.nets import IMAGES, Basic, Encoder, Net, disturb_, torchvision_net
-from tests.core.foreign import GatedMlp, PreActivation, Separable
+from tests.core.foreign import GatedMlp, PreActivation, Separable, Tied
 from tests.core.nets import method_of
 
 
@@ -215,19 +215,7 @@ def test_a_compiled_network_declares_its_branches_once() -> None:
 
 
 def test_an_output_that_is_an_embedding_cannot_be_zero() -> None:
-    class Language(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(11, 8)
-            self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
-            self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 11, bias=False)
-            self.out.weight = self.embed.weight
-
-        def forward(self, words: Tensor) -> Tensor:
-            x = self.embed(words)
-            return self.out(x + self.fc2(F.gelu(self.fc1(self.norm(x)))))
-
-    net = Language()
+    net = Tied()
     before = net.embed.weight.clone()
     report = fixup_(net, example_inputs=torch.arange(6).view(2, 3), verbose=False)
     assert torch.equal(net.embed.weight, before) and "cannot be 0" in str(report)

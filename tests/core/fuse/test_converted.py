@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from fixup_core import Scalar, ScalarBias, export_onnx, fixup_, fold, scalars
@@ -23,7 +22,7 @@ from fixup_core.rules.frozen import FrozenNorm, RemovedNorm
 from fixup_core.rules.placed import DepthMultiplier, PlacedConstant
 from fixup_core.rules.scalars import ScalarMultiplier
 from tests.core.convert.nets import BRANCHES, IMAGES, NETS, Basic, Encoder, Net, Small, Untraceable
-from tests.core.foreign import GatedMlp, Separable
+from tests.core.foreign import GatedMlp, Separable, Tied
 
 FOREIGN = {
     "Basic": (Basic, {"BorderedConv2d": 2, "Affine": 1, "Unnormalised": 1}),
@@ -322,21 +321,6 @@ def test_the_fast_path_of_an_encoder_does_not_bring_norms_back() -> None:
     plain.encoder.layers[0].activation_relu_or_gelu = 1
     with torch.no_grad(), pytest.raises(AttributeError, match="has no attribute 'device'"):
         plain(IMAGES)
-
-
-class Tied(nn.Module):
-    """A language model whose output shares the embeddings."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8)
-        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 11, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, words: Tensor) -> Tensor:
-        x = self.embed(words)
-        return self.out(x + self.fc2(F.gelu(self.fc1(self.norm(x)))))
 
 
 WORDS = torch.arange(6).view(2, 3)
