@@ -18,6 +18,7 @@ from fixup_core.measure.depth import (
 from fixup_core.measure.flow import gradient_flow, plot_flows
 from fixup_core.measure.homogeneous import homogeneous_sets, is_positively_homogeneous
 from fixup_core.measure.paths import path_lengths, residual_split
+from fixup_core.removal.removal import NormRemoval
 from fixup_core.rules.branches import Place, ResidualBranch, WeightLayer, collect_branches
 from fixup_core.rules.frequencies import start_at_frequencies_
 from fixup_core.rules.init import fixup_init_, initialise_, lsuv_init_, standard_init_
@@ -47,6 +48,7 @@ __all__ = [
     "FixupReport",
     "InitReport",
     "Method",
+    "NormRemoval",
     "Place",
     "Residual",
     "ResidualBranch",

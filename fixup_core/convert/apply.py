@@ -63,7 +63,7 @@ def apply_(net: nn.Module, plan: ConversionPlan, method: Method, frozen: bool) -
     for module in net.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # a fast path that calls no hooks, so no scalars
-    _attach_scalars_(net, plan, method)
+    attach_scalars_(net, plan, method)
     if not collect_branches(net):
         net.residual_branches = Declared(  # type: ignore[assignment]
             declared_branch(branch, layers) for branch in plan.branches
@@ -144,7 +144,8 @@ def _remove_norms_(
         net.set_submodule(path, made[id(norm)])
 
 
-def _attach_scalars_(net: nn.Module, plan: ConversionPlan, method: Method) -> None:
+def attach_scalars_(net: nn.Module, plan: ConversionPlan, method: Method) -> None:
+    """Attach the scalars of a method where ``plan`` has them."""
     for path in plan.before if method.biases else ():
         attach_before_(net.get_submodule(path))
     for path in plan.multiplied:

@@ -45,7 +45,7 @@ def fold_into_(layer: Any, numbers: Numbers, attends_to_itself: bool | None) -> 
         return numbers
     if computes_as(layer, nn.Linear):
         _fold_into_weight_(layer, numbers, _double(layer.weight).sum(1))
-    elif _is_transposed_linear(layer):
+    elif is_transposed_linear(layer):
         _fold_into_weight_(layer, numbers, _double(layer.weight).sum(0))
     elif any(computes_as(layer, conv) for conv in ALONG):
         return _fold_into_convolution_(layer, numbers)
@@ -132,7 +132,7 @@ def _has_own_weight(layer: nn.Module) -> bool:
     return weight is not None and weight.is_floating_point() and "bias" in own
 
 
-def _is_transposed_linear(layer: Any) -> bool:
+def is_transposed_linear(layer: Any) -> bool:
     """Hugging Face's ``Conv1D``: a linear layer whose weight is [inputs, outputs]."""
     bias = layer.bias
     return (

@@ -15,10 +15,8 @@ from fixup_core.rules import scaling
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
-NORMS = (
-    *(*BATCH_NORMS, nn.modules.instancenorm._InstanceNorm),
-    *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
-)
+CHANNEL_NORMS = (*BATCH_NORMS, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+NORMS = (*CHANNEL_NORMS, nn.LayerNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)

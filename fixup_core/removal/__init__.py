@@ -1,0 +1,1 @@
+"""Norms taken out of trained networks: kinds, leaving, sides, schedule, removal, folding."""
