@@ -15,6 +15,9 @@ from fixup_core.errors import UserError
 from fixup_core.removal.leaving import MOMENTUM
 from fixup_core.rules.standards import CONVOLUTIONS
 
+ANCHOR = 0.1
+"""Its weight in the loss."""
+
 
 class Anchor:
     """``weight * (size / target - 1)^2``, the size being the root mean square of what enters the

@@ -175,11 +175,17 @@ class LeavingNorm(nn.Module):
 
     def freeze_(self) -> None:
         """Take a BatchNorm's running statistics; let all processes have the same ones."""
-        norm, own = self.norm, self.statistics
+        own, norm = self.statistics, self.norm
         if self.kind.batch:
-            own.centre.copy_(norm.running_mean)
-            own.size.copy_((norm.running_var.float() + self.kind.eps).sqrt())
+            own.centre.copy_(norm.get_buffer("running_mean"))
+            own.size.copy_(self.size())
         own.agree_()
+
+    def size(self) -> Tensor:
+        """What the norm divides by, on average: [groups] or [1], float32."""
+        if self.kind.batch and self.gates == WHOLE:
+            return (self.norm.get_buffer("running_var").float() + self.kind.eps).sqrt()
+        return self.statistics.size
 
     def constants(self) -> tuple[Tensor, Tensor | None]:
         """The affine map: scale and shift, one number for each feature or [1], float32."""

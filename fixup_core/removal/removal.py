@@ -28,7 +28,7 @@ from fixup_core.convert.tracing import Trace
 from fixup_core.convert.undo import undone_if_it_fails
 from fixup_core.errors import UserError
 from fixup_core.probing import Inputs, in_evaluation_mode, outputs_of
-from fixup_core.removal.anchor import Anchor
+from fixup_core.removal.anchor import ANCHOR, Anchor
 from fixup_core.removal.folding import fold_maps_, maps_left
 from fixup_core.removal.kinds import kind_of
 from fixup_core.removal.leaving import WHOLE, LeavingNorm
@@ -38,7 +38,6 @@ from fixup_core.rules.methods import METHODS
 from fixup_core.rules.standards import NORMS
 
 logger = logging.getLogger(__name__)
-ANCHOR = 0.1
 TOLERANCE = 1e-3
 """Of the largest output: what folding may change."""
 
@@ -107,6 +106,8 @@ class NormRemoval:
         distil: Weight in ``loss()`` of the divergence from the network as it was, whose outputs are
             soft targets. It keeps a copy.
         head: Path of the output layer, where it is not the last weight layer.
+        values: Without a batch: for the path of each layer that makes values alone the path of the
+            norm that feeds it, and the queries and keys beside it.
         scalars: Attach the scalars of rule 3 at values that change nothing; it needs a batch.
 
     Attributes:
@@ -132,13 +133,16 @@ class NormRemoval:
         anchor: float = ANCHOR,
         distil: float = 0.0,
         head: str | None = None,
+        values: Mapping[str, str] | None = None,
         scalars: bool = False,
     ) -> None:
         _check(net, example_inputs, anchor, distil, scalars)
         self.net, self.inputs = net, example_inputs
         self.steps_done, self.distil = 0, distil
         norms = _norms(net, example_inputs, (*NORMS, *norm_types), keep)
-        seen = Seen() if example_inputs is None else look_at(net, example_inputs, norms)
+        seen = Seen(values=dict(values or {}))
+        if example_inputs is not None:
+            seen = look_at(net, example_inputs, norms)
         order = _order(norms, seen)
         self.schedule: Schedule = make_schedule(
             schedule, in_order(order, list(seen.values.values())), steps
@@ -231,10 +235,8 @@ class NormRemoval:
         """Of one norm."""
         norm = self.norms[path]
         own = norm.statistics
-        size = own.size
-        if norm.kind.batch and norm.gates == WHOLE:
-            size = (norm.norm.running_var.float() + norm.kind.eps).sqrt()
-        return NormState(path, norm.gates, size.mean().item(), own.spread.item(), own.largest.item())
+        size = norm.size().mean().item()
+        return NormState(path, norm.gates, size, own.spread.item(), own.largest.item())
 
     def states(self) -> list[NormState]:
         """Of all norms, in the order of the forward pass."""
@@ -250,7 +252,7 @@ class NormRemoval:
         return "\n".join([head, *(f"  {state}" for state in self.states())])
 
     def state_dict(self) -> dict[str, Any]:
-        """What the network's own state dict lacks; numbers, strings and lists alone."""
+        """What the network's own state dict lacks; with ``distil`` the network's as it was, too."""
         anchor = None if self.anchor is None else self.anchor.state()
         return {
             "schedule": self.schedule.name,
@@ -258,6 +260,7 @@ class NormRemoval:
             "norms": list(self.norms),
             "steps_done": self.steps_done,
             "anchor": anchor,
+            "teacher": None if self._teacher is None else self._teacher[0].state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -273,9 +276,11 @@ class NormRemoval:
                     f"the saved removal has {name}={_short(state.get(name))}, this one "
                     f"{_short(own[name])}: go on with the same network and schedule"
                 )
-        self.at(int(state["steps_done"])) if state["steps_done"] else None
+        self.steps_done = int(state["steps_done"])
         if self.anchor is not None and state.get("anchor"):
             self.anchor.load(state["anchor"])
+        if self._teacher is not None and state.get("teacher"):
+            self._teacher[0].load_state_dict(state["teacher"])
 
     def finish(self, *, force: bool = False, fold: bool = True) -> nn.Module:
         """The network without norms: their maps in the layers beside them, its outputs checked.

@@ -28,15 +28,23 @@ class Turn:
     sides: tuple[int, ...] = (0, 1)
 
     def __str__(self) -> str:
-        side = {(0,): ", queries and keys", (1,): ", values"}.get(self.sides, "")
+        names: dict[tuple[int, ...], str] = {(0,): ", queries and keys", (1,): ", values"}
+        side = names.get(self.sides, "")
         return f"{self.path}{side}"
 
 
 class Schedule(Protocol):
     """How much is left of each norm."""
 
-    name: str
-    steps: int
+    @property
+    def name(self) -> str:
+        """One of ``SCHEDULES``."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Until the last norm is gone."""
+        ...
 
     def gates(self, step: int) -> dict[str, Gates]:
         """By path, after ``step`` steps."""

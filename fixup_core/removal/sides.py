@@ -106,6 +106,7 @@ def split_(net: nn.Module, values: Mapping[str, str]) -> list[RemovableHandle]:
     handles = []
     for path, norm_path in values.items():
         module, norm = net.get_submodule(path), net.get_submodule(norm_path)
+        assert isinstance(norm, LeavingNorm)
         if isinstance(module, nn.MultiheadAttention) or not _is_packed(path, module):
             hook: Callable[..., Any] = partial(_hand_over, norm)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))

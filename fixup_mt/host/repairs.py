@@ -28,6 +28,11 @@ from fixup_mt.host.generation import (
     share_out,
     take_numpys_old_names_away,
 )
+from fixup_mt.host.layernorm import (
+    hold_the_logits,
+    start_from_layernorm,
+    take_over_settings,
+)
 from fixup_mt.host.literals import uncover_eval
 from fixup_mt.host.options import check_architecture, check_options
 from fixup_mt.host.patches import Patch, arguments, patch
@@ -176,7 +181,10 @@ REPAIRS: tuple[Patch, ...] = (
     *tasks.REPAIRS,
 )
 
-OPTIONS = (clip_adaptively_where_asked, log_gradients_where_asked)
+OPTIONS = (
+    *(take_over_settings, start_from_layernorm, hold_the_logits),
+    *(clip_adaptively_where_asked, log_gradients_where_asked),
+)
 """What stands behind options of our own. The last is outermost: gradients are logged as they come,
 before they are clipped."""
 

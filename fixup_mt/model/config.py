@@ -26,6 +26,8 @@ from omegaconf.errors import InterpolationResolutionError
 
 from fixup_core import METHODS, Method
 from fixup_core.clipping import check_share
+from fixup_core.removal.anchor import ANCHOR
+from fixup_core.removal.schedule import SCHEDULES
 from fixup_core.rules.method import BASE_BRANCHES
 from fixup_core.rules.methods import TRANSFORMERS, check_defined, method_named
 from fixup_mt.errors import UserError
@@ -114,6 +116,19 @@ class FixupOptions:
     )
     agc: float = _option(
         0.0, "clip gradients by the size of the weights: the largest share, such as 0.01; 0: do not"
+    )
+    from_layernorm: str = _option(
+        "", "checkpoint of fairseq's transformer or transformer_lm to start from, settings and all"
+    )
+    remove_norms: str = _option(
+        "none",
+        "take the layer norms out while training: taper (all together, little by little), "
+        "one_by_one, at_once",
+        choices=("none", *SCHEDULES),
+    )
+    removal_updates: int = _option(2000, "updates until the last norm is gone")
+    removal_anchor: float = _option(
+        ANCHOR, "weight, in the loss, of what holds the size of the logits while norms go; 0: none"
     )
     log_gradients: bool = _option(False, "log the gradient norm of every layer, to TensorBoard too")
 

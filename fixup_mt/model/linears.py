@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from fixup_core import Scalar, ScalarBias, ScalarMultiplier
 from fixup_core.errors import UserError
 from fixup_core.fuse.ops import value_of
+from fixup_core.removal.leaving import LeavingNorm
 from fixup_core.rules.method import Multiplier
 
 Products = tuple[Tensor, Tensor | None]
@@ -143,6 +144,8 @@ def folded(layer: Any, *slots: nn.Module) -> tuple[Tensor, Tensor]:
             weight = weight * slot.value()
         elif isinstance(slot, ScalarBias):
             bias = _sum(bias, weight.sum(dim=1) * slot.value())
+        elif isinstance(slot, LeavingNorm):
+            weight, bias = _behind_map(weight, bias, slot)
         elif not isinstance(slot, nn.Identity):
             raise UserError(f"a {type(slot).__name__} cannot be folded into a linear layer")
     return weight, torch.zeros_like(weight[:, 0]) if bias is None else bias
@@ -172,6 +175,15 @@ def keep_products(stack: nn.Module, state: dict[str, Any] | None) -> Iterator[No
     finally:
         for layer, _ in state[KEPT]:
             layer.kept = None
+
+
+def _behind_map(weight: Tensor, bias: Tensor | None, norm: LeavingNorm) -> Products:
+    """With the affine map that a norm has become before the layer."""
+    scale, shift = norm.constants()
+    if shift is not None:
+        bias = _sum(bias, weight @ shift)
+    weight = weight * scale
+    return weight - weight.mean(1, keepdim=True) if norm.centring else weight, bias
 
 
 def _sum(bias: Tensor | None, more: Tensor) -> Tensor:

@@ -26,13 +26,25 @@ from fixup_mt.model.config import (
     plain,
 )
 from fixup_mt.model.prior import log_frequencies
+from fixup_mt.model.removing import follow_, remove_norms_
 from fixup_mt.model.stacks import FixupDecoder, FixupEncoder
 
 logger = logging.getLogger(__name__)
 
 
+class _LosesNorms:
+    """A model whose norms go as fairseq counts its updates, where ``--fixup-remove-norms`` asks."""
+
+    removal: Any = None
+
+    def set_num_updates(self, num_updates: int) -> None:
+        super().set_num_updates(num_updates)  # type: ignore[misc]
+        if self.removal is not None:
+            follow_(self, num_updates)
+
+
 @register_model("transformer_fixup", dataclass=FixupTransformerConfig)
-class FixupTransformerModel(TransformerModelBase):
+class FixupTransformerModel(_LosesNorms, TransformerModelBase):
     """The Transformer of Zhang et al. 2019 (section 5.3): no normalisation, Fixup throughout."""
 
     @classmethod
@@ -75,7 +87,7 @@ class FixupTransformerModel(TransformerModelBase):
 
 
 @register_model("transformer_fixup_lm", dataclass=FixupLanguageModelConfig)
-class FixupLanguageModel(TransformerLanguageModel):
+class FixupLanguageModel(_LosesNorms, TransformerLanguageModel):
     """A language model of decoder layers without cross-attention: L is twice the layers."""
 
     @classmethod
@@ -131,4 +143,5 @@ def _initialise_(
         start = log_frequencies(task, task.target_dictionary)
         decoder.output_projection.initial_bias = start
     model.fixup_report = initialise_(model, options.record, keep=keep)
+    remove_norms_(model, options)
     logger.info("%s: %s", options.method, model.fixup_report.summary())

@@ -1,0 +1,171 @@
+"""``--fixup-from-layernorm`` and ``--fixup-remove-norms`` in fairseq's commands.
+
+A run starts from a checkpoint of fairseq's own Transformer, whose settings it takes over; what
+holds the logits is added to the loss of any criterion.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq.logging import metrics
+from fairseq.trainer import Trainer
+
+from fixup_mt.errors import UserError
+from fixup_mt.host.patches import patch
+from fixup_mt.model.config import FixupOptions
+from fixup_mt.model.removing import load_layernorm_
+
+ARCHITECTURES = {"transformer": "transformer_fixup", "transformer_lm": "transformer_fixup_lm"}
+"""Of fairseq's models, those of ours that have the same parts."""
+TAKEN_OVER = (
+    *("encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads"),
+    *("decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_attention_heads"),
+    *("encoder_learned_pos", "decoder_learned_pos", "no_token_positional_embeddings"),
+    *("share_decoder_input_output_embed", "share_all_embeddings", "no_scale_embedding"),
+    *("activation_fn", "max_source_positions", "max_target_positions", "no_cross_attention"),
+    "cross_self_attention",
+)
+"""Settings of a model that the new one has too."""
+REFUSED = (
+    *("layernorm_embedding", "no_decoder_final_norm", "base_layers", "adaptive_softmax_cutoff"),
+    *("scale_fc", "scale_attn", "scale_heads", "scale_resids"),
+)
+"""Settings that no model of ours has."""
+
+
+@patch(
+    "fairseq.options:parse_args_and_arch",
+    "parser input_args parse_known suppress_defaults modify_parser",
+)
+def take_over_settings(original: Any) -> Any:
+    """A new model has the sizes of the one that it starts from, unless they are given."""
+
+    def parse_args_and_arch(parser: Any, input_args: Any = None, *args: Any, **kwargs: Any) -> Any:
+        parsed = original(parser, input_args, *args, **kwargs)
+        options = parsed[0] if isinstance(parsed, tuple) else parsed
+        line = sys.argv[1:] if input_args is None else [part or "" for part in input_args]
+        file = getattr(options, "fixup_from_layernorm", "")
+        if file and hasattr(options, "max_update"):
+            take_over_(options, saved_model(file)[1], line, file)
+        check_removal(options)
+        return parsed
+
+    return parse_args_and_arch
+
+
+@patch("fairseq.checkpoint_utils:load_checkpoint", "cfg trainer **passthrough_args")
+def start_from_layernorm(original: Any) -> Any:
+    """A run that has no checkpoint of its own yet starts from those weights."""
+
+    def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
+        loaded = original(cfg, trainer, **passthrough_args)
+        if isinstance(trainer, Trainer) and not trainer.get_num_updates():
+            file = FixupOptions.of(trainer.cfg.model).from_layernorm
+            if file:
+                load_layernorm_(trainer.model, saved_model(file)[0], file)
+        return loaded
+
+    return load_checkpoint
+
+
+@patch(
+    "fairseq.tasks.fairseq_task:FairseqTask.train_step",
+    "self sample model criterion optimizer update_num ignore_grad",
+)
+def hold_the_logits(original: Any) -> Any:
+    """The anchor of a model whose norms go is part of the loss."""
+
+    def train_step(
+        self: Any, sample: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        removal = getattr(getattr(model, "module", model), "removal", None)
+        if removal is None:
+            return original(self, sample, model, criterion, *args, **kwargs)
+
+        def anchored(*given: Any) -> Any:
+            loss, sample_size, logged = criterion(*given)
+            shares = [sum(norm.gates) / 2 for norm in removal.norms.values()]
+            metrics.log_scalar("norms_left", sum(shares), priority=600, round=3)
+            if removal.anchor is None:
+                return loss, sample_size, logged
+            anchor = removal.loss()
+            metrics.log_scalar("anchor", anchor.item(), priority=600, round=5)
+            return loss + sample_size * anchor.to(loss), sample_size, logged
+
+        return original(self, sample, model, anchored, *args, **kwargs)
+
+    return train_step
+
+
+def saved_model(file: str) -> tuple[dict[str, Any], Any]:
+    """The weights and the settings of a checkpoint of fairseq's.
+
+    Raises:
+        UserError: It is none, or of no Transformer.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"--fixup-from-layernorm: {file} does not exist: check the path")
+    state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(state, dict) or "model" not in state:
+        raise UserError(f"--fixup-from-layernorm: {file} is no checkpoint of fairseq's")
+    settings = (state.get("cfg") or {}).get("model") or state.get("args")
+    settings = settings if isinstance(settings, Namespace) else Namespace(**dict(settings or {}))
+    return state["model"], settings
+
+
+def take_over_(options: Namespace, saved: Namespace, line: Sequence[str], file: str) -> None:
+    """Give ``options`` the settings of the model that a run starts from.
+
+    Args:
+        options: Of the command.
+        saved: Of the model.
+        line: The command's arguments: what is given there must be the same.
+        file: The checkpoint, for messages.
+
+    Raises:
+        UserError: They differ, or the model has parts that none of ours has.
+    """
+    name = str(getattr(saved, "arch", None) or getattr(saved, "_name", "")).split("_")
+    base = "_".join(name[:2]) if name[1:2] == ["lm"] else name[0]
+    if not str(options.arch).startswith(ARCHITECTURES.get(base, "no architecture")):
+        raise UserError(
+            f"--fixup-from-layernorm: {file} is a model of --arch {'_'.join(name)}, which cannot "
+            f"become one of --arch {options.arch}: fairseq's {' and '.join(ARCHITECTURES)} can"
+        )
+    parts = [part for part in REFUSED if getattr(saved, part, None)]
+    sides = {getattr(saved, f"{s}_normalize_before", None) for s in ("encoder", "decoder")} - {None}
+    if parts or len(sides) != 1:
+        what = _flag(parts[0]) if parts else "norms before one stack's branches, behind the other's"
+        raise UserError(f"--fixup-from-layernorm: {file} has {what}, which no model of ours has")
+    theirs = {part: getattr(saved, part) for part in TAKEN_OVER if hasattr(saved, part)}
+    theirs["fixup_method"] = "prenorm" if sides.pop() else "postnorm"
+    given = {part.partition("=")[0] for part in line}
+    for part, value in theirs.items():
+        own = getattr(options, part, None)
+        if _flag(part) in given and own != value:
+            raise UserError(
+                f"{_flag(part)} is {own}, and {file} has {value}: leave it out, or give {value}"
+            )
+        setattr(options, part, value)
+
+
+def check_removal(options: Any) -> None:
+    """Raise ``UserError`` where the run ends before the last norm is gone."""
+    if getattr(options, "fixup_remove_norms", "none") in ("none", None, "at_once"):
+        return
+    length, removal = getattr(options, "max_update", 0), options.fixup_removal_updates
+    if length and length < removal:
+        raise UserError(
+            f"--max-update {length} ends the run before the last norm is gone: give "
+            f"--fixup-removal-updates {int(0.8 * length)}, or more updates than {removal}"
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
