@@ -109,7 +109,7 @@ def kind_of(norm: nn.Module, path: str, seen: tuple[Tensor, Tensor] | None) -> N
 def _kind_by_type(norm: Any) -> NormKind | None:
     """Of PyTorch's own layers, and of those that put an activation behind them."""
     if isinstance(norm, CHANNEL_NORMS) and (_plain(norm) or _with_parts(norm)):
-        channels: int = getattr(norm, "num_features", 0) or norm.num_channels
+        channels: Any = getattr(norm, "num_features", 0) or norm.num_channels
         groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else channels
         # An InstanceNorm too may keep running statistics, and has them in evaluation.
         kept = getattr(norm, "running_mean", None) is not None

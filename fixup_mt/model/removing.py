@@ -57,6 +57,9 @@ def remove_norms_(model: Any, options: FixupOptions) -> None:
 def follow_(model: Any, updates: int) -> None:
     """Put the norms where they are after ``updates``; keep the anchor's target in the model."""
     removal, target = model.removal, model.anchor_target
+    # fairseq counts the updates of a model that it loads before it has loaded the weights.
+    if not all(norm.observed for norm in removal.norms.values()):
+        return
     removal.at(updates)
     if removal.anchor is not None:
         if removal.anchor.target:
