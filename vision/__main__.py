@@ -21,6 +21,10 @@ COMMANDS = {
         "vision.sweep.sweeps", "draw the paper's figures: depth, lr, degradation, lesion"
     ),
     "compare": Command("vision.compare", "set finished runs side by side: a table and curves"),
+    "describe": Command(
+        "vision.describe",
+        "size up networks side by side: layers, parameters, multiply-adds",
+    ),
     "export": Command("vision.export", "write a trained network as ONNX"),
     "demo": Command("vision.demo", "train Fixup and BatchNorm on the built-in digits"),
 }

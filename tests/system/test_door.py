@@ -137,14 +137,17 @@ def _vision(checkpoint: str) -> Lines:
             [*fit, "--nonsense", "1"],
             ["--nonsense"],
             ["compare", "x", "--nonsense"],
+            ["describe", "cifar_resnet20", "--nonsense"],
             ["sweep", "depth", "--recipe.data", "Digits", "--nonsense", "1"],
         ],
         "wrong type": [
             [*fit, "--model.lr", "fast"],
+            ["describe", "cifar_resnet20", "--image-size", "large"],
             ["sweep", "depth", "--recipe.data", "Digits", "--recipe.epochs", "many"],
         ],
         "out of range": [
             [*fit, "--model.lr", "-1"],
+            ["describe", "cifar_resnet20", "--image-size", "0"],
             ["sweep", "depth", "--recipe.data", "Digits", "--recipe.epochs", "0"],
         ],
         "missing file": [*reads("nowhere"), ["fit", "--config", "nowhere.yaml"]],
@@ -161,7 +164,7 @@ def _vision(checkpoint: str) -> Lines:
             ["compare", str(Path(checkpoint).parents[1]), "--output", "taken/x.png"],
             ["fit", *TINY, "--trainer.default_root_dir", "taken"],
         ],
-        "missing option": [[], ["export"], ["compare"], ["sweep", "lesion"], ["fit"]],
+        "missing option": [[], ["export"], ["compare"], ["describe"], ["sweep", "lesion"], ["fit"]],
     }
 
 

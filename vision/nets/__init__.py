@@ -5,9 +5,11 @@ from vision.nets.families import (
     FAMILIES,
     build_net,
     check_net,
+    family_of,
     image_of,
     is_class_path,
     net_options,
+    outline,
 )
 from vision.nets.network import Network, write_weights_
 from vision.nets.reference import load_reference_state_dict, own_state_dict
@@ -18,10 +20,12 @@ __all__ = [
     "Network",
     "build_net",
     "check_net",
+    "family_of",
     "image_of",
     "is_class_path",
     "load_reference_state_dict",
     "net_options",
+    "outline",
     "own_state_dict",
     "write_weights_",
 ]

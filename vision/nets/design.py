@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from fixup_core import Method
 from fixup_core.errors import UserError
+from fixup_core.rules.methods import RESNETS, check_defined
 from fixup_core.rules.standardised import standardise_
-from vision.nets.network import after_projection, make_activation
+from vision.nets.network import NORMS, after_projection, choose, make_activation
 
 ORDERS = ("post", "pre")
 SHORTCUTS = ("A", "B", "C", "none")
@@ -65,6 +66,33 @@ def make_design(method: Method, given: Mapping[str, Any], **defaults: Any) -> De
     """The options that are given, what the method needs, the network's own defaults."""
     needed = {"order": "pre", "shortcut": "B"} if method.preactivation else {}
     return Design(method, **(defaults | needed | dict(given)))
+
+
+def check_design(design: Design) -> None:
+    """Refuse what no network can be built from.
+
+    Raises:
+        UserError: An unknown shortcut or order, a dropout that is no probability, or a method that
+            is not defined for the design.
+    """
+    choose("shortcut", design.shortcut, SHORTCUTS)
+    choose("order", design.order, ORDERS)
+    if not 0 <= design.dropout < 1:
+        raise UserError(f"dropout is {design.dropout}: take a number from 0 to below 1")
+    plain, norms = design.shortcut == "none", (None, *NORMS)
+    check_defined(
+        design.method,
+        "plain networks, which have no residual branches" if plain else "ResNets",
+        lambda one: (
+            one.norm in norms and one.only in ("", RESNETS) and not (plain and one.needs_branches)
+        ),
+    )
+    if design.method.preactivation and (design.order != "pre" or design.shortcut not in "BC"):
+        raise UserError(
+            f"the method {design.method.name!r} is defined for order pre and shortcut B or C, "
+            f"where projections see what is activated, not for order {design.order} and shortcut "
+            f"{design.shortcut}"
+        )
 
 
 class Subsample(nn.Module):

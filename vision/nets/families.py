@@ -16,27 +16,17 @@ from torch import nn
 
 from fixup_core import Method
 from fixup_core.errors import UserError
-from fixup_core.rules.methods import check_defined, method_named
+from fixup_core.rules.methods import method_named
 from vision.imports import import_object
-from vision.nets.design import Design, make_design
-from vision.nets.highway import HighwayConvNet, HighwayMLP
+from vision.nets import builders
+from vision.nets.builders import DESIGN_OPTIONS
 from vision.nets.network import Network, write_weights_
-from vision.nets.resnet import ResNet
-
-IMAGENET_COUNTS = {
-    18: (False, (2, 2, 2, 2)),
-    34: (False, (3, 4, 6, 3)),
-    50: (True, (3, 4, 6, 3)),
-    101: (True, (3, 4, 23, 3)),
-    152: (True, (3, 8, 36, 3)),
-}
-"""Depth -> bottleneck or not, blocks of each stage (He et al. 2015, table 1)."""
 
 AS_IT_IS = "as_it_is"
 """In place of a method: the weights that a network of the user's own has written."""
 
-DESIGN_OPTIONS = ("shortcut", "order", "activation", "dropout")
 RESNET_OPTIONS = (*DESIGN_OPTIONS, "in_channels", "checkpointing")
+VGG_OPTIONS = ("activation", "dropout", "in_channels")
 HIGHWAY_OPTIONS = ("activation", "gate_bias", "in_channels")
 
 OPTION_TYPES: dict[str, type] = {
@@ -55,66 +45,6 @@ TYPE_NAMES = {
 }
 
 
-def _design(method: Method, options: dict[str, Any], **defaults: Any) -> Design:
-    given = {key: options.pop(key) for key in DESIGN_OPTIONS if key in options}
-    return make_design(method, given, **defaults)
-
-
-def _cifar_resnet(depth: int, *, method: Method, **options: Any) -> Network:
-    """ResNet-(6n+2): n basic blocks in each of three stages, 16, 32 and 64 wide, shortcut A."""
-    count = _blocks_per_stage(depth, 2)
-    width = options.pop("width", 16)
-    widths = (width, 2 * width, 4 * width)
-    return ResNet(_design(method, options), counts=(count,) * 3, widths=widths, **options)
-
-
-def _cifar_wrn(depth: int, factor: int, *, method: Method, **options: Any) -> Network:
-    """Wide-ResNet-(6n+4): ``factor`` times as wide, pre order, shortcut B."""
-    count = _blocks_per_stage(depth, 4)
-    design = _design(method, options, shortcut="B", order="pre")
-    widths = (16 * factor, 32 * factor, 64 * factor)
-    return ResNet(design, counts=(count,) * 3, widths=widths, stem_width=16, **options)
-
-
-def _imagenet_resnet(depth: int, *, method: Method, **options: Any) -> Network:
-    """ResNet-18/34 of basic blocks, 50/101/152 of bottlenecks, shortcut B."""
-    if depth not in IMAGENET_COUNTS:
-        known = ", ".join(map(str, IMAGENET_COUNTS))
-        raise UserError(f"there is no imagenet_resnet{depth}; the depths are {known}")
-    bottleneck, counts = IMAGENET_COUNTS[depth]
-    design = _design(method, options, shortcut="B", bottleneck=bottleneck)
-    return ResNet(design, counts=counts, widths=(64, 128, 256, 512), imagenet=True, **options)
-
-
-def _highway(depth: int, *, method: Method, **options: Any) -> Network:
-    """Fully connected highway network, 50 wide."""
-    return _gated(HighwayMLP, depth, method, options)
-
-
-def _highway_conv(depth: int, *, method: Method, **options: Any) -> Network:
-    """Convolutional highway network of 3x3 convolutions, 16, 32 and 64 wide."""
-    return _gated(HighwayConvNet, depth, method, options)
-
-
-def _gated(kind: Any, depth: int, method: Method, options: dict[str, Any]) -> Network:
-    check_defined(
-        method,
-        "highway networks, which have gates in place of norms and residual branches",
-        lambda one: one.norm is None and not one.needs_branches and not one.only,
-    )
-    if depth < 2:
-        raise UserError(f"a highway network has at least 2 layers, got {depth}")
-    return kind(depth=depth, **options)
-
-
-def _blocks_per_stage(depth: int, outside: int) -> int:
-    count, rest = divmod(depth - outside, 6)
-    if rest or count < 1:
-        below = 6 * max(count, 1) + outside
-        raise UserError(f"a depth of {depth} is not 6n+{outside}: take {below} or {below + 6}")
-    return count
-
-
 @dataclass(frozen=True)
 class Family:
     """A line of networks.
@@ -125,6 +55,8 @@ class Family:
         options: Names of what ``build`` takes besides.
         example: A name.
         image: Channels and size of an image, for an initialisation that looks at data.
+        classes: Of the data set that it was made for.
+        residual: Whether its networks have residual branches, so that Fixup is defined for them.
     """
 
     pattern: str
@@ -132,16 +64,55 @@ class Family:
     options: tuple[str, ...]
     example: str
     image: tuple[int, int] = (3, 32)
+    classes: int = 10
+    residual: bool = True
 
+
+_IMAGENET: dict[str, Any] = {"image": (3, 224), "classes": 1000}
+_PLAIN_OPTIONS = tuple(option for option in RESNET_OPTIONS if option != "shortcut")
 
 FAMILIES = (
-    Family(r"cifar_resnet(\d+)", _cifar_resnet, (*RESNET_OPTIONS, "width"), "cifar_resnet20"),
-    Family(r"cifar_wrn(\d+)_(\d+)", _cifar_wrn, RESNET_OPTIONS, "cifar_wrn40_10"),
     Family(
-        r"imagenet_resnet(\d+)", _imagenet_resnet, RESNET_OPTIONS, "imagenet_resnet50", (3, 224)
+        r"cifar_resnet(\d+)", builders.cifar_resnet, (*RESNET_OPTIONS, "width"), "cifar_resnet20"
     ),
-    Family(r"highway_conv(\d+)", _highway_conv, (*HIGHWAY_OPTIONS, "widths"), "highway_conv19"),
-    Family(r"highway(\d+)", _highway, (*HIGHWAY_OPTIONS, "width", "image_size"), "highway50"),
+    Family(r"cifar_wrn(\d+)_(\d+)", builders.cifar_wrn, RESNET_OPTIONS, "cifar_wrn40_10"),
+    Family(
+        r"imagenet_resnet(\d+)",
+        builders.imagenet_resnet,
+        RESNET_OPTIONS,
+        "imagenet_resnet50",
+        **_IMAGENET,
+    ),
+    Family(
+        r"imagenet_plain(\d+)",
+        builders.imagenet_plain,
+        _PLAIN_OPTIONS,
+        "imagenet_plain34",
+        **_IMAGENET,
+        residual=False,
+    ),
+    Family(
+        r"imagenet_vgg(\d+)",
+        builders.imagenet_vgg,
+        VGG_OPTIONS,
+        "imagenet_vgg19",
+        **_IMAGENET,
+        residual=False,
+    ),
+    Family(
+        r"highway_conv(\d+)",
+        builders.highway_conv,
+        (*HIGHWAY_OPTIONS, "widths"),
+        "highway_conv19",
+        residual=False,
+    ),
+    Family(
+        r"highway(\d+)",
+        builders.highway,
+        (*HIGHWAY_OPTIONS, "width", "image_size"),
+        "highway50",
+        residual=False,
+    ),
 )
 
 
@@ -158,7 +129,8 @@ def build_net(
 
     Args:
         name: The family and its numbers: ``cifar_resnet<6n+2>``, ``cifar_wrn<6n+4>_<width>``,
-            ``imagenet_resnet<18|34|50|101|152>``, ``highway<depth>``, ``highway_conv<depth>``.
+            ``imagenet_resnet<18|34|50|101|152>``, ``imagenet_plain<18|34>``,
+            ``imagenet_vgg<11|13|16|19>``, ``highway<depth>``, ``highway_conv<depth>``.
             Or the class path of a network of one's own, ``package.module.Class``, called with
             ``num_classes`` and ``options``.
         method: A name in ``METHODS``, or a record; or ``as_it_is``: the weights that a network of
@@ -197,21 +169,47 @@ def check_net(
     **options: Any,
 ) -> None:
     """Raise what ``build_net`` would raise, without memory for weights."""
+    outline(name, method=method, base_branches=base_branches, **options)
+
+
+def outline(
+    name: str,
+    *,
+    method: str | Method = "fixup",
+    num_classes: int = 10,
+    base_branches: float | None = None,
+    **options: Any,
+) -> Network:
+    """What ``build_net`` builds, on the meta device: shapes without memory for weights.
+
+    Raises:
+        UserError: As ``build_net``.
+    """
     chosen = _chosen(method, base_branches)
     with torch.device("meta"):
-        net = _built(name, chosen, num_classes=10, **options)
+        net = _built(name, chosen, num_classes=num_classes, **options)
         if chosen is not None and not chosen.unit_variance:
             write_weights_(net, chosen)
+    return net
+
+
+def family_of(name: str) -> Family:
+    """The family of a network of that name.
+
+    Raises:
+        UserError: There is none, or the network is one of the user's own.
+    """
+    return _parse(name)[0]
 
 
 def net_options(name: str) -> tuple[str, ...]:
     """What ``build_net`` takes as ``options`` for a network of that name."""
-    return _parse(name)[0].options
+    return family_of(name).options
 
 
 def image_of(name: str, **options: Any) -> tuple[int, int]:
     """Channels and size of the images that a network of that name and options is made for."""
-    channels, size = _parse(name)[0].image
+    channels, size = family_of(name).image
     return options.get("in_channels", channels), options.get("image_size", size)
 
 

@@ -26,18 +26,11 @@ from fixup_core.errors import UserError
 from fixup_core.fuse import ops
 from fixup_core.fuse.fold import floor_of, folded_convolution
 from fixup_core.fuse.ops import ActivationScalars
-from fixup_core.rules.methods import RESNETS, check_defined
 from fixup_core.rules.standards import TORCH_DEFAULT
 from vision.nets.blocks import Block, make_block
-from vision.nets.design import ORDERS, SHORTCUTS, Design
+from vision.nets.design import Design, check_design
 from vision.nets.folded import FoldedHead
-from vision.nets.network import (
-    NORMS,
-    Network,
-    before_activation,
-    choose,
-    rename_keys_,
-)
+from vision.nets.network import Network, before_activation, rename_keys_
 
 
 class Stem(nn.Module):
@@ -158,7 +151,7 @@ class ResNet(Network):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        _check(design)
+        check_design(design)
         self.design, self.checkpointing = design, checkpointing
         channels = stem_width or widths[0]
         self.stem = Stem(design, in_channels, channels, imagenet)
@@ -270,24 +263,3 @@ def _without_tracking(segment: Sequence[Any]) -> Iterator[None]:
 
 def _counter(norm: nn.BatchNorm2d) -> Tensor:
     return norm.get_buffer("num_batches_tracked")
-
-
-def _check(design: Design) -> None:
-    choose("shortcut", design.shortcut, SHORTCUTS)
-    choose("order", design.order, ORDERS)
-    if not 0 <= design.dropout < 1:
-        raise UserError(f"dropout is {design.dropout}: take a number from 0 to below 1")
-    if design.method.preactivation and (design.order != "pre" or design.shortcut not in "BC"):
-        raise UserError(
-            f"the method {design.method.name!r} is defined for order pre and shortcut B or C, "
-            f"where projections see what is activated, not for order {design.order} and shortcut "
-            f"{design.shortcut}"
-        )
-    plain, norms = design.shortcut == "none", (None, *NORMS)
-    check_defined(
-        design.method,
-        "plain networks, which have no residual branches" if plain else "ResNets",
-        lambda one: (
-            one.norm in norms and one.only in ("", RESNETS) and not (plain and one.needs_branches)
-        ),
-    )

@@ -22,6 +22,7 @@ SMALL = {
     "cifar_wrn10_1": {},
     "imagenet_resnet18": {},
     "imagenet_resnet50": {},
+    "imagenet_plain18": {},
     "highway4": {"image_size": 16},
     "highway_conv7": {},
 }
@@ -35,11 +36,16 @@ def _build(name: str, method: str, **options) -> nn.Module:
 
 
 def _takes(name: str, method: str) -> bool:
-    """Highway networks have no norms; ZeroInit needs a norm at the end of a branch."""
+    """Highway networks have no norms, plain ones no branches; ZeroInit needs a norm at the end of
+    a branch.
+    """
     if name.startswith("highway"):
         return method in ("none", "xavier", "lsuv")
     if METHODS[method].only not in ("", "ResNets"):
         return False
+    if "plain" in name:
+        # Derf's signal fades to 1e-6 in 18 layers without shortcuts, and one step puts a ReLU to 0.
+        return not METHODS[method].needs_branches and method != "derf"
     return method != "zeroinit" or "wrn" not in name
 
 
@@ -225,6 +231,12 @@ def test_highway_gates_start_by_carrying() -> None:
         ("cifar_resnet2", {}, "not 6n.2: take 8"),
         ("cifar_wrn41_2", {}, "not 6n.4"),
         ("imagenet_resnet49", {}, "the depths are 18, 34, 50"),
+        ("imagenet_plain50", {}, "the depths are 18, 34"),
+        ("imagenet_plain34", {}, "plain networks, which have no residual"),
+        ("imagenet_plain34", {"shortcut": "B"}, "has no option 'shortcut'"),
+        ("imagenet_vgg18", {}, "the depths are 11, 13, 16, 19"),
+        ("imagenet_vgg11", {"method": "nf"}, "plain networks, which have no residual"),
+        ("imagenet_vgg11", {"method": "none", "dropout": 2.0}, "dropout is 2.0"),
         ("cifar_resnt20", {}, "nearest family: cifar_resnet20"),
         ("highway50", {}, "gates in place"),
         ("cifar_resnet20", {"method": "fixpu"}, "there is no method 'fixpu'"),

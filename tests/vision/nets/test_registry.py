@@ -16,12 +16,14 @@ NETS = {
     "cifar_resnet8": {"width": 4},
     "cifar_wrn10_1": {},
     "imagenet_resnet18": {},
+    "imagenet_plain18": {},
     "highway3": {"image_size": 16},
     "highway_conv4": {"widths": (4, 8, 16)},
 }
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 REFUSED = {
     ("", lambda m: m.only == "Transformers"): "is not defined for",
+    ("imagenet_plain", lambda m: m.needs_branches): "which have no residual branches",
     ("highway", lambda m: m.needs_branches or m.norm): "gates in place of norms",
     ("cifar_wrn", lambda m: m.zero_last_gains): "ends with a normalisation layer",
 }
