@@ -61,7 +61,7 @@ Lines = dict[str, list[Line]]
 
 NET = "tests.core.measure.test_check:net"
 CORE: Lines = {
-    "unknown command": [["chekc"]],  # codespell:ignore chekc
+    "unknown command": [["chekc"]],
     "unknown option": [["check", "cifar", "--nonsense"]],
     "wrong type": [["check", NET, "--seeds", "many"]],
     "out of range": [["check", NET, "--seeds", "0"], ["check", NET, "--depths", "0", "1", "2"]],
@@ -85,7 +85,7 @@ def _translation(checkpoint: str, data: str) -> Lines:
         return [[*average, file], [*SCORE, file], [*export, file]]
 
     return {
-        "unknown command": [["transalte"]],  # codespell:ignore transalte
+        "unknown command": [["transalte"]],
         "unknown option": [["corpus", "new", "--nonsense", "1"], ["demo", "--nonsense"]],
         "wrong type": [["corpus", "new", "--train", "many"], ["demo", "--threads", "x"]],
         "out of range": [

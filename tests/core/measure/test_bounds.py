@@ -217,7 +217,7 @@ def test_a_network_need_declare_nothing() -> None:
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda n, x, y: gradient_bounds(n, x, y, sets={"a": ["first.wight"]}), "first.weight"),  # codespell:ignore wight
+        (lambda n, x, y: gradient_bounds(n, x, y, sets={"a": ["first.wight"]}), "first.weight"),
         (lambda n, x, y: gradient_bounds(n, x, y, sets={"a": []}), "at least one parameter"),
         (lambda n, x, y: activation_bounds(n, x, y, blocks=["link"]), "no module 'link'"),
         (lambda n, x, y: activation_bounds(n, x, y, blocks=[ScalarBias()]), "no module 'Scal"),

@@ -230,7 +230,7 @@ def test_highway_gates_start_by_carrying() -> None:
         ("cifar_resnet20", {"method": "fixpu"}, "there is no method 'fixpu'"),
         ("cifar_resnet20", {"shortcut": "D"}, "shortcut is 'D'; choose one of A, B, C, none"),
         ("cifar_resnet20", {"shortcut": "none"}, "plain networks, which have no residual"),
-        ("cifar_resnet20", {"widht": 3}, "has no option 'widht'; did you mean width"),  # codespell:ignore widht
+        ("cifar_resnet20", {"widht": 3}, "has no option 'widht'; did you mean width"),
         ("cifar_resnet20", {"width": "wide"}, "the option width is 'wide': give a whole number"),
         ("cifar_resnet20", {"checkpointing": 1}, "checkpointing is 1: give true or false"),
         ("highway_conv4", {"widths": ["a"], "method": "none"}, "give a list of whole numbers"),
