@@ -98,7 +98,7 @@ def _fairseq(match: re.Match[str], words: list[str]) -> None:
     from fairseq import options
 
     if match[1] == "hydra-train":
-        _overrides(words)
+        _overrides([word for word in words if word != "..."])
         return
     make = {
         "train": options.get_training_parser,
@@ -130,7 +130,8 @@ def _launched(_: re.Match[str], words: list[str]) -> None:
     at = words.index("-m")
     if words[at + 1] != "fairseq_cli.train":
         raise BadLineError(f"{words[at + 1]} is launched")
-    line = ["--user-dir", "fixup_mt", "--arch", "transformer_fixup", *words[at + 2 :]]
+    given = ["--user-dir", "fixup_mt", "--arch", "transformer_fixup"]
+    line = [*given, *(word for word in words[at + 2 :] if word != "...")]
     _fairseq(re.fullmatch("(.*)", "train"), ["data", *line])  # type: ignore[arg-type]
 
 

@@ -37,7 +37,7 @@ def test_every_command_line_is_accepted(page: str) -> None:
     [
         "python -m fixup_mt export --checkpoint a --data-bin b --output c --quantisation int8",
         "python -m fixup_core check cifar --methods fixup",
-        "python -m fixup_core chek cifar",
+        "python -m fixup_core chekc cifar",
         "python -m vision fit --model.learning_rate 0.1",
         "python -m vision sweep depth --recipe.datum CIFAR10",
         "python -m vision export --checkpoint a",
