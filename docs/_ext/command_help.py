@@ -12,7 +12,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-WIDTH = "96"
+WIDTH = "88"
 
 
 def help_text(line: str) -> str:
