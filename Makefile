@@ -1,5 +1,5 @@
-# make demo | make test | make check | make test-slow | make test-gpu | make campaign | make bench |
-# make setup | make clean
+# make demo | make test | make check | make docs | make docs-links | make test-slow | make test-gpu |
+# make campaign | make bench | make setup | make clean
 # On a fresh machine `make demo` and `make test` need nothing before them.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ export PYTHONWARNINGS ?= ignore
 
 LOCK := .setup.lock
 
-.PHONY: setup demo test test-slow test-gpu check bench campaign clean
+.PHONY: setup demo test test-slow test-gpu check docs docs-links bench campaign clean
 
 # One set-up at a time, where the system has flock.
 setup:
@@ -62,8 +62,21 @@ check: setup
 	@$(BIN)/ruff check .
 	@echo "== format"
 	@$(BIN)/ruff format --check .
+	@echo "== spelling"
+	@$(BIN)/codespell
 	@echo "== types"
 	@$(BIN)/mypy
+
+SPHINX := OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet
+
+docs: setup
+	@echo "== the book: a minute"
+	@$(SPHINX) docs docs/_build/html
+	@echo "== docs/_build/html/index.html"
+
+docs-links: setup
+	@echo "== the book's links to the world"
+	@$(SPHINX) -b linkcheck docs docs/_build/links
 
 BENCHMARKS := vision_step mt_step mt_generate growth
 
@@ -81,4 +94,4 @@ campaign: setup
 	done; exit $$status
 
 clean:
-	rm -rf $(VENV) $(LOCK) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOCK) build docs/_build docs/auto_gallery *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -61,7 +61,7 @@ NEEDLESS = (
 
 MORE_HELP = (
     "Options of a data set: --data.help CIFAR10 (or Digits, ImageFolderData, ...); of a callback: "
-    "--trainer.callbacks.help EarlyStopping; of a network, --model.options: see the README."
+    "--trainer.callbacks.help EarlyStopping; of a network, --model.options: docs/classify.md."
 )
 """At the end of a command's help, where it is seen."""
 

@@ -106,7 +106,7 @@ def compare(runs: Sequence[Path], output: Path) -> None:
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """The ends of the paths, as short as they can be told apart by; a folder given twice stays."""
+    """The shortest ends of the paths that are all different; a folder given twice stays."""
     paths = [folder.resolve() for folder in folders]
     longest = max(len(path.parts) for path in paths)
     for length in range(1, longest + 1):

@@ -1,7 +1,7 @@
 """What a conversion reports, held against what the network then does.
 
 The network is called as the user calls it, before anything is looked at and again after the
-conversion, forward and backward: what is told is what was seen.
+conversion, forward and backward. The report says what was seen there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RATE, CLIPPED = 0.05, 1.0
 PATIENCE = 15.0
 """Seconds after which no further step is begun."""
 FAINT = 100.0
-"""A signal that is so many times smaller or larger than it was is told of."""
+"""The report names a signal that has become smaller or larger by this factor or more."""
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def _report(
 
 
 def _on_branches(net: nn.Module, method: Method) -> list[str]:
-    """What is said of fixed multipliers, and of learnt ones that start at 0."""
+    """Notes on fixed multipliers, and on learnt ones that start at 0."""
     values = [constant.value() for constant in placed_constants(net)]
     numbers = {value.item() for value in values if not value.is_meta}
     notes = [f"every branch is multiplied by the fixed number {number:.4g}" for number in numbers]

@@ -151,7 +151,7 @@ class _Flat(nn.Module):
 
 
 def _argument_names(net: nn.Module, count: int) -> list[str]:
-    """Of the forward pass, where it has names for so many arguments."""
+    """Names of the forward pass's first ``count`` arguments, if all of them have one."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(net.forward).parameters.values()
     names = [parameter.name for parameter in parameters if parameter.kind in kinds]

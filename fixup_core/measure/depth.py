@@ -53,8 +53,8 @@ class DepthCheck:
         tolerance: How far from 0 a flat slope may be.
         earlier: The sizes after the steps before the last, in order.
         moves: For each depth, one number a seed: how far the layers of branches but the last have
-            moved, over their size and the step size; empty where no branch is declared, or none
-            of these layers takes the steps.
+            moved, over their size and the step size; empty where no branch is declared, and
+            where none of these layers takes the steps.
     """
 
     depths: tuple[int, ...]

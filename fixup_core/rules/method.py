@@ -127,7 +127,7 @@ class Method:
         return plain and not (self.standardised or self.unit_activations)
 
     def with_base(self, branches: float | None) -> Method:
-        """The same, its learning rate tuned at a network of so many residual branches.
+        """The same, its learning rate tuned at a network of this many residual branches.
 
         Args:
             branches: c; ``None`` leaves the record's own.

@@ -39,7 +39,7 @@ def complete_scale(num_branches: int, layers_per_branch: int) -> float:
     """Factor ``L ** (-1 / m)``: what a step changes, and how far each layer moves relative to its
     own size, are then both independent of depth, if SGD's rate grows as ``L ** (1 - 2 / m)``.
 
-    At m = 2 this is the paper's factor and the rate stays (docs/method.md derives it).
+    At m = 2 this is the paper's factor and the rate stays (docs/methods.md derives it).
 
     Raises:
         UserError: As ``branch_scale``.

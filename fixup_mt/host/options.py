@@ -1,4 +1,4 @@
-"""What is wrong with a command of fairseq's is said at its start, before minutes of work."""
+"""Reports what is wrong with a command of fairseq's at its start, before minutes of work."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Child:
             os.kill(self.pid, signal.SIGKILL)
 
     def wait(self, seconds: float = LONGEST) -> Ended:
-        """Until it ends, or is ended after so many seconds."""
+        """Until it ends; after ``seconds`` it is killed."""
         deadline = time.monotonic() + seconds
         while not (found := os.waitpid(self.pid, os.WNOHANG))[0]:
             if time.monotonic() > deadline:

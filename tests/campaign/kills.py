@@ -1,6 +1,6 @@
 """kill -9 at random moments of a training, in both halves; resumed, it must end as if never killed.
 
-``python -m tests.campaign.kills --count 20``: so many kills in each half.
+``python -m tests.campaign.kills --count 20``: 20 kills in each half.
 """
 
 from __future__ import annotations

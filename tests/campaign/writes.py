@@ -1,6 +1,6 @@
 """kill -9 at the n-th file that a training opens to write, renames or removes, in both halves.
 
-``python -m tests.campaign.writes --count 20``: so many of its writes in each half, drawn at random.
+``python -m tests.campaign.writes --count 20``: 20 of its writes in each half, drawn at random.
 """
 
 from __future__ import annotations
