@@ -64,7 +64,7 @@ def export(checkpoint: Path, output: Path) -> None:
     if "image_size" not in net_options(name):
         free |= {2: "height", 3: "width"}
     images = torch.randn(2, channels, size, size)
-    net = plain_network(model.net)
+    net = plain_network(without_norms(model))
     with whole_file(output) as temporary:
         write_onnx(
             net,
@@ -87,6 +87,18 @@ def name_classes(file: Path, classes: Sequence[str]) -> None:
     model = onnx.load(file)
     onnx.helper.set_model_props(model, {"classes": json.dumps(list(classes))})
     onnx.save(model, file)
+
+
+def without_norms(model: Any) -> nn.Module:
+    """The classifier's network; where its norms were taken out, they are folded away.
+
+    Raises:
+        UserError: Some are left.
+    """
+    if model.removal is None:
+        return model.net
+    net: nn.Module = model.eval().removal.finish()
+    return net
 
 
 def plain_network(net: Any) -> nn.Module:

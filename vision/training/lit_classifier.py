@@ -18,6 +18,7 @@ from torchmetrics import MetricCollection
 
 from fixup_core import METHODS, SCALAR_LR_RATIO, param_groups
 from fixup_core.errors import UserError
+from fixup_core.removal.anchor import ANCHOR
 from vision.data import VisionData
 from vision.data.batches import Batch, as_batch, mix
 from vision.nets import AS_IT_IS, build_net, is_class_path, write_weights_
@@ -26,6 +27,7 @@ from vision.training.checkpoints import read_checkpoint
 from vision.training.fine_tuning import freeze_, load_weights_
 from vision.training.mixing import blend
 from vision.training.optimizers import make_optimizer
+from vision.training.removing import check_length, measures_of, removal_of
 from vision.training.schedule import length_of, rate_at, steps_per_epoch
 
 RANGES = (
@@ -78,6 +80,11 @@ class LitClassifier(L.LightningModule):
         channels_last: Memory layout of the images; faster where convolutions run in bfloat16.
         base_branches: Of ``fixup_adam``: the residual branches of the network at which the learning
             rate was tuned; by default the method's own.
+        remove_norms: Take the norms out of the network of ``weights`` as it trains on: ``taper``,
+            ``one_by_one``, ``at_once`` (of BatchNorm: its statistics are frozen); ``none``.
+        removal_steps: Until the last norm is gone; the run must be as long.
+        removal_anchor: Weight of what holds the size of the logits meanwhile.
+        removal_distil: Weight of the divergence from the network as it was, in the loss.
     """
 
     def __init__(
@@ -104,19 +111,16 @@ class LitClassifier(L.LightningModule):
         cutmix: float = 0.0,
         channels_last: bool = True,
         base_branches: float | None = None,
+        remove_norms: Literal["none", "taper", "one_by_one", "at_once"] = "none",
+        removal_steps: int = 2000,
+        removal_anchor: float = ANCHOR,
+        removal_distil: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         _check_ranges(self.args)
-        self.net = build_net(
-            net,
-            method=method,
-            num_classes=num_classes,
-            base_branches=base_branches,
-            **(options or {}),
-        )
-        if channels_last:
-            self.net = self.net.to(memory_format=torch.channels_last)
+        self.net = self._network()
+        self.removal = removal_of(self.net, self.args)
         self.frozen = freeze_(self.net, freeze) if freeze else []
         self.classes: tuple[str, ...] = ()
         self.train_metrics = metrics.training_metrics(num_classes)
@@ -132,6 +136,18 @@ class LitClassifier(L.LightningModule):
     def data(self) -> VisionData:
         """What the trainer feeds the network with; a data module of the user's own has less."""
         return cast(Any, self.trainer).datamodule
+
+    def _network(self) -> Any:
+        """As the arguments ask for it, weights drawn."""
+        args = self.args
+        net = build_net(
+            args.net,
+            method=args.method,
+            num_classes=args.num_classes,
+            base_branches=args.base_branches,
+            **(args.options or {}),
+        )
+        return net.to(memory_format=torch.channels_last) if args.channels_last else net
 
     def setup(self, stage: str) -> None:
         """Hold the data's classes against the network's; look at data where the initialisation
@@ -156,7 +172,19 @@ class LitClassifier(L.LightningModule):
             if method and method.unit_variance:
                 self._initialise_on_data()
             if self.args.weights:
-                load_weights_(self.net, Path(self.args.weights))
+                self._start_from(Path(self.args.weights))
+        if stage == "fit" and self.removal is not None:
+            check_length(self.removal, self.trainer)
+
+    def _start_from(self, file: Path) -> None:
+        """Take the weights of a file; where norms go, they go from what it holds."""
+        if self.removal is None:
+            load_weights_(self.net, file)
+            return
+        net = self._network()
+        load_weights_(net, file)
+        self.net, self.removal = net, removal_of(net, self.args)
+        self.frozen = freeze_(net, self.args.freeze) if self.args.freeze else []
 
     def _name_classes(self, names: Sequence[str]) -> None:
         """Keep the names of the classes.
@@ -197,6 +225,8 @@ class LitClassifier(L.LightningModule):
         mixed = blend(batch, mixup=self.args.mixup, cutmix=self.args.cutmix)
         logits = self(mixed.images).float()
         loss = mixed.loss(logits, self.args.label_smoothing)
+        if self.removal is not None:
+            loss = loss + self.removal.loss(logits, mixed.images)
         self._stop_unless_finite(loss, "the loss")
         # With mixup the accuracy counts the label of the larger share.
         target = mixed.labels if mixed.share >= 0.5 else mixed.others
@@ -204,6 +234,10 @@ class LitClassifier(L.LightningModule):
         self.train_metrics["accuracy"].update(logits.detach(), target)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.removal is not None and self.removal.steps_done < self.global_step:
+            self.removal.at(self.global_step)
 
     def _stop_unless_finite(self, value: Tensor, name: str) -> None:
         """On all processes, where one of them finds something else.
@@ -224,6 +258,8 @@ class LitClassifier(L.LightningModule):
         norms = [parameter.detach().norm() for parameter in self.parameters()]
         self._stop_unless_finite(torch.stack(norms), "a weight")
         checkpoint["classes"] = list(self.classes)
+        if self.removal is not None:
+            checkpoint["removal"] = self.removal.state_dict()
         checkpoint["train_metrics"] = {
             name: metrics.total(metric) for name, metric in self.train_metrics.items()
         }
@@ -235,6 +271,8 @@ class LitClassifier(L.LightningModule):
             UserError: The checkpoint has other classes than the data.
         """
         self._name_classes(checkpoint.get("classes", ()))
+        if self.removal is not None and "removal" in checkpoint:
+            self.removal.load_state_dict(checkpoint["removal"])
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         for name, total in checkpoint.get("train_metrics", {}).items() if fits else ():
             if total:
@@ -245,6 +283,8 @@ class LitClassifier(L.LightningModule):
             return
         self.log_dict(self.train_metrics.compute())
         self.train_metrics.reset()
+        if self.removal is not None:
+            self.log_dict(measures_of(self.removal))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, self.val_metrics)
