@@ -4,7 +4,8 @@
 #   benchmarks/cifar10/grid.sh SETTINGS RUNS JOBS [FLAGS FOR ALL]
 #   benchmarks/cifar10/grid.sh benchmarks/cifar10/methods.txt runs/cifar10 2 --data.root data
 #
-# A line of SETTINGS is a run: its name, a colon, and what it changes in cifar10_cpu.yaml. A run that
+# A line of SETTINGS is a run: its name, a colon, and what it changes in cifar10_cpu.yaml; RUNS in it
+# stands for the folder of the runs, where one starts from what another has left. A run that
 # is finished is skipped, one that was killed goes on. The test set is scored once, by the checkpoint
 # that was best on validation.
 set -euo pipefail
@@ -14,6 +15,7 @@ export COMMON="--config recipes/vision/cifar10_cpu.yaml ${*:4}"
 
 run() {
     local name=${1%%:*} flags=${1#*:}
+    flags=${flags//RUNS\//$RUNS/}
     local folder=$RUNS/$name
     [[ -e $folder/tested ]] && return
     mkdir -p "$folder"

@@ -2,7 +2,9 @@
 
 ``python benchmarks/multi30k/grid.py DATA_BIN RUNS_DIR SETTINGS.txt --jobs 2``
 
-Each line of SETTINGS is a run: its name, a colon, and the flags that differ from the common ones.
+Each line of SETTINGS is a run: its name, a colon, and the flags that differ from the common ones;
+``RUNS/`` in them stands for RUNS_DIR, where a run starts from what another has left: give such a
+file with ``--jobs 1``, or its first lines first.
 A run that has finished is skipped, one that was killed, or whose flags now ask for more updates,
 goes on from its last checkpoint. The best validation loss of every run is appended to
 RUNS_DIR/results.tsv as it comes, and printed.
@@ -86,6 +88,7 @@ def main() -> None:
     lines = [line.split(":", 1) for line in args.settings.read_text().splitlines() if ":" in line]
     with ThreadPoolExecutor(args.jobs) as pool:
         for name, flags in lines:
+            flags = flags.replace("RUNS/", f"{args.runs}/")
             pool.submit(run, args.data_bin, args.runs, name.strip(), shlex.split(flags))
 
 
