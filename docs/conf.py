@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -42,6 +43,9 @@ html_show_sphinx = False
 html_show_copyright = False
 copybutton_prompt_text = r">>> |\$ "
 copybutton_prompt_is_regexp = True
+
+# What the plugin reports at its import is for fairseq's commands.
+logging.getLogger("fixup_mt").setLevel(logging.WARNING)
 
 linkcheck_timeout = 20
 linkcheck_anchors = False  # GitHub writes its anchors by script

@@ -80,6 +80,17 @@ def all_blocks() -> tuple[Block, ...]:
     )
 
 
+def spans() -> dict[str, list[str]]:
+    """Page by page, the code within sentences."""
+    found = {}
+    for path in DOCUMENTS:
+        prose = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S)
+        found[path.relative_to(ROOT).as_posix()] = [
+            " ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)
+        ]
+    return found
+
+
 def labelled(label: str) -> dict[str, list[Block]]:
     """Page by page, those with a label that run."""
     pages: dict[str, list[Block]] = {}

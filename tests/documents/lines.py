@@ -76,7 +76,7 @@ def _python(_: re.Match[str], words: list[str]) -> None:
     elif words[1] == "vision":
         _vision(words[2:])
     elif words[1].startswith("tests."):
-        _parse(lambda: importlib.import_module(words[1]).main(), words[1], words[1:])
+        _parse(lambda: runpy.run_module(words[1], run_name="__main__"), words[1], words[1:])
     else:
         main = importlib.import_module(f"{words[1]}.__main__").main
         if words[2:]:
@@ -106,10 +106,11 @@ def _fairseq(match: re.Match[str], words: list[str]) -> None:
         "preprocess": options.get_preprocessing_parser,
     }[match[1]]
     parser = make()
-    words = ["data" if word == "..." else word for word in words]
     if match[1] == "preprocess":
-        _parse(lambda: parser.parse_args(words), "fairseq", words)
+        line = [word for word in words if word != "..."]
+        _parse(lambda: parser.parse_args(line), "fairseq", line)
     else:
+        words = ["data" if word == "..." else word for word in words]
         _parse(lambda: options.parse_args_and_arch(parser, words), "fairseq", words, raises=False)
 
 

@@ -15,8 +15,8 @@ from tests.documents.blocks import Block, labelled
 from tests.documents.givens import FILES, GIVENS
 
 PAGES = labelled("python")
-SLOW = {"docs/any-network.md"}
-"""It converts a dozen networks, a ResNet-50 among them."""
+SLOW = {"docs/any-network.md", "docs/serving.md"}
+"""They convert a dozen networks, a ResNet-50 among them, and export three models."""
 
 
 @pytest.fixture

@@ -5,10 +5,17 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import ROOT
-from tests.documents.blocks import Block, labelled
+from tests.documents.blocks import Block, labelled, spans
 from tests.documents.lines import BadLineError, check, commands
 
 PAGES = labelled("sh")
+STARTS = ("python -m ", "python benchmarks/", "python recipes/", "fairseq-", "recipes/", "make ")
+KNOWN_TO_FAIL = {"fairseq-train --user-dir /nowhere", "fairseq-score --sacrebleu"}
+SENTENCES = {
+    page: [c for c in code if c.startswith(STARTS) and " --" in c and c not in KNOWN_TO_FAIL]
+    for page, code in spans().items()
+}
+"""Command lines within sentences; they may leave out what is required."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +39,20 @@ def test_every_command_line_is_accepted(page: str) -> None:
     assert [mistake for block in PAGES[page] for mistake in refused(block)] == []
 
 
+@pytest.mark.parametrize("page", [page for page, lines in SENTENCES.items() if lines])
+def test_every_option_in_a_sentence_is_known(page: str) -> None:
+    mistakes = [m for line in SENTENCES[page] for m in refused(Block(page, 0, "sh", line + "\n"))]
+    assert [mistake for mistake in mistakes if "are required: " not in mistake] == []
+
+
+def test_sentences_hold_many_commands() -> None:
+    assert sum(map(len, SENTENCES.values())) > 20
+
+
 @pytest.mark.parametrize(
     "line",
     [
+        "python -m tests.campaign.kills --counts 20",
         "python -m fixup_mt export --checkpoint a --data-bin b --output c --quantisation int8",
         "python -m fixup_core check cifar --methods fixup",
         "python -m fixup_core chekc cifar",
