@@ -1,13 +1,18 @@
 """Transformers without scalars: everything folded into weights and biases, for other engines.
 
-The result is the state dict of fairseq's pre-norm ``transformer``, or ``transformer_lm``, without
-its layer norms: the same names, a bias vector for every projection. Linear layers fold their own
-scalars and those of the slots before them (``fixup_mt.model.linears``). What ends the encoder goes
-into the keys and values of the cross-attention, what ends the decoder into the output layer.
+The result is the state dict of fairseq's ``transformer``, or ``transformer_lm``: the same names, a
+bias vector for every projection. Linear layers fold their own scalars and those of the slots before
+them (``fixup_mt.model.linears``). What ends the encoder goes into the keys and values of the
+cross-attention, what ends the decoder into the output layer.
+
+Norms, and the functions that stand in their place, stay under the names of fairseq's layer norms.
+A factor on a shortcut goes with the stream: into the norm, or the embeddings, that the stream comes
+from, and out of the layers that read it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,9 +21,17 @@ from torch import Tensor, nn
 from fixup_core.errors import UserError
 from fixup_mt.model.linears import folded
 from fixup_mt.model.model import FixupLanguageModel, FixupTransformerModel
+from fixup_mt.model.slots import Parts
 
-_NOT_FOLDED = {"layer": "layer norms", "dyt": "tanh functions", "derf": "erf functions"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+SLOTS = {
+    "self_attn": "self_attn_layer_norm",
+    "encoder_attn": "encoder_attn_layer_norm",
+    "ffn": "final_layer_norm",
+}
+"""fairseq's names of a layer's slots, by its branches in their order."""
+END = "layer_norm"
+"""fairseq's name of what ends a stack."""
 
 
 def fold_transformer(model: nn.Module) -> dict[str, Tensor]:
@@ -28,7 +41,8 @@ def fold_transformer(model: nn.Module) -> dict[str, Tensor]:
         model: A ``transformer_fixup`` or ``transformer_fixup_lm``; it is left as it is.
 
     Returns:
-        fairseq's names without those of layer norms, and ``decoder.output_projection.bias``.
+        fairseq's names, those of layer norms where there are any, and
+        ``decoder.output_projection.bias``. The embeddings are to be added to ``positions``.
 
     Raises:
         UserError: The model has a part that cannot be folded (it is named).
@@ -38,12 +52,14 @@ def fold_transformer(model: nn.Module) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, stack in stacks(module).items():
-            result[f"{name}.embed_tokens.weight"] = stack.embed_tokens.weight
-            for number, layer in enumerate(stack.layers):
-                memory = module.encoder.layer_norm if hasattr(module, "encoder") else nn.Identity()
-                _fold_layer(result, f"{name}.layers.{number}", layer, memory)
-        output, last = module.decoder.output_projection, module.decoder.layer_norm
-        _fold(result, "decoder.output_projection", output, last)
+            start = next(_factors(stack))
+            result[f"{name}.embed_tokens.weight"] = stack.embed_tokens.weight * start
+            if isinstance(stack.embed_positions, nn.Embedding):
+                result[f"{name}.embed_positions.weight"] = stack.embed_positions.weight * start
+            memory = module.encoder.layer_norm if hasattr(module, "encoder") else nn.Identity()
+            _fold_stack(result, name, stack, Parts.of(memory).scalars)
+        last = Parts.of(module.decoder.layer_norm).scalars
+        _fold(result, "decoder.output_projection", module.decoder.output_projection, last)
     # Copies: a weight that no scalar multiplies is the model's own until here.
     return {name: t.detach().to("cpu", torch.float32, copy=True) for name, t in result.items()}
 
@@ -53,16 +69,15 @@ def stacks(model: Any) -> dict[str, Any]:
     return {name: getattr(model, name) for name in ("encoder", "decoder") if hasattr(model, name)}
 
 
+def slots(layer: Any) -> dict[str, Parts]:
+    """Of a layer's branches, in their order."""
+    present = {branch: getattr(layer, name, None) for branch, name in SLOTS.items()}
+    return {branch: Parts.of(slot) for branch, slot in present.items() if slot is not None}
+
+
 def positions(stack: Any) -> Tensor:
-    """The embeddings of the positions of an encoder or decoder, [maximum, D]."""
-    table, width = stack.embed_positions, stack.embed_tokens.embedding_dim
-    if table is None:
-        return torch.zeros(int(stack.max_positions()), width)
-    first = int(table.padding_idx or 0) + 1
-    if isinstance(table, nn.Embedding):
-        return table.weight.detach()[first:].float().cpu()
-    weights: Tensor = table.get_embedding(first + int(stack.max_positions()), width, first - 1)
-    return weights[first:]
+    """The embeddings of the positions of an encoder or decoder, folded as all are: [maximum, D]."""
+    return _positions(stack) * next(_factors(stack)).detach().float().cpu()
 
 
 def check(model: nn.Module) -> None:
@@ -76,12 +91,6 @@ def check(model: nn.Module) -> None:
         raise UserError("only a model in evaluation mode is folded: call eval() first")
     translates = isinstance(model, FixupTransformerModel)
     decoder: Any = model.decoder
-    method = decoder.layers[0].method
-    if not method.foldable:
-        raise UserError(
-            f"a model of --fixup-method {method.name} has {_NOT_FOLDED.get(method.norm, 'norms')} "
-            "that no weight can take in: only models without norms are folded and exported"
-        )
     refused = {
         "--quant-noise-pq": any(s.quant_noise is not None for s in stacks(model).values()),
         "--adaptive-softmax-cutoff": decoder.adaptive_softmax is not None,
@@ -95,6 +104,12 @@ def check(model: nn.Module) -> None:
     for option, used in refused.items():
         if used:
             raise UserError(f"a model with {option} cannot be exported exactly")
+    for stack in stacks(model).values():
+        if any(not factor.all() for factor in _factors(stack)):
+            raise UserError(
+                "a factor on a shortcut is exactly 0, and no weight can take that in: train on, or "
+                "export another checkpoint"
+            )
 
 
 def _attends(layer: Any) -> bool:
@@ -102,26 +117,75 @@ def _attends(layer: Any) -> bool:
     return getattr(layer, "encoder_attn", None) is not None
 
 
-def _fold_layer(result: dict[str, Tensor], path: str, layer: Any, closing: nn.Module) -> None:
-    """``closing`` ends the encoder, before the keys and values of cross-attention."""
-    slot = layer.self_attn_layer_norm
-    _fold_attention(result, f"{path}.self_attn", layer.self_attn, slot, slot)
-    if _attends(layer):
-        slot = layer.encoder_attn_layer_norm
-        _fold_attention(result, f"{path}.encoder_attn", layer.encoder_attn, slot, closing)
-    _fold(result, f"{path}.fc1", layer.fc1, layer.final_layer_norm)
-    _fold(result, f"{path}.fc2", layer.fc2)
+def _positions(stack: Any) -> Tensor:
+    table, width = stack.embed_positions, stack.embed_tokens.embedding_dim
+    if table is None:
+        return torch.zeros(int(stack.max_positions()), width)
+    first = int(table.padding_idx or 0) + 1
+    if isinstance(table, nn.Embedding):
+        return table.weight.detach()[first:].float().cpu()
+    weights: Tensor = table.get_embedding(first + int(stack.max_positions()), width, first - 1)
+    return weights[first:]
+
+
+def _factors(stack: Any) -> Iterator[Tensor]:
+    """Of the shortcuts, in the order of the branches, and 1 for what comes behind them."""
+    one = stack.embed_tokens.weight.new_ones(())
+    for layer in stack.layers:
+        for parts in slots(layer).values():
+            yield one if parts.shortcut is None else parts.shortcut
+    yield one
+
+
+def _fold_stack(result: dict[str, Tensor], name: str, stack: Any, memory: nn.Module) -> None:
+    """``memory`` is what the keys and values of cross-attention go through first."""
+    factors = _factors(stack)
+    now = next(factors)
+    for number, layer in enumerate(stack.layers):
+        path = f"{name}.layers.{number}"
+        for branch, parts in slots(layer).items():
+            following = next(factors)
+            _keep_norm(result, f"{path}.{SLOTS[branch]}", parts.norm, following)
+            if branch == "ffn":
+                _fold(result, f"{path}.fc1", layer.fc1, parts.scalars, divisor=now)
+                _fold(result, f"{path}.fc2", layer.fc2)
+            else:
+                crosses = branch == "encoder_attn"
+                attention = getattr(layer, branch)
+                kv = (memory, None) if crosses else (parts.scalars, now)
+                _fold_attention(result, f"{path}.{branch}", attention, (parts.scalars, now), kv)
+            now = following
+    _keep_norm(result, f"{name}.{END}", Parts.of(stack.layer_norm).norm, now)
 
 
 def _fold_attention(
-    result: dict[str, Tensor], path: str, attention: Any, query: nn.Module, memory: nn.Module
+    result: dict[str, Tensor], path: str, attention: Any, query: Any, memory: Any
 ) -> None:
-    """``query`` and ``memory`` are what the queries, and the keys and values, go through first."""
+    """``query`` and ``memory``: the slot, and the divisor, of queries and of keys and values."""
     for name in PROJECTIONS:
-        slot = query if name == "q_proj" else memory
-        _fold(result, f"{path}.{name}", getattr(attention, name), slot)
+        slot, divisor = query if name == "q_proj" else memory
+        _fold(result, f"{path}.{name}", getattr(attention, name), slot, divisor=divisor)
     _fold(result, f"{path}.out_proj", attention.out_proj)
 
 
-def _fold(result: dict[str, Tensor], path: str, layer: Any, *slots: nn.Module) -> None:
-    result[f"{path}.weight"], result[f"{path}.bias"] = folded(layer, *slots)
+def _fold(
+    result: dict[str, Tensor],
+    path: str,
+    layer: Any,
+    *slots: nn.Module,
+    divisor: Tensor | None = None,
+) -> None:
+    """``divisor``: what the stream that comes in is multiplied by already."""
+    weight, result[f"{path}.bias"] = folded(layer, *slots)
+    result[f"{path}.weight"] = weight if divisor is None else weight / divisor
+
+
+def _keep_norm(
+    result: dict[str, Tensor], path: str, norm: nn.Module | None, factor: Tensor
+) -> None:
+    """Under the names of its own parameters; its output is multiplied by ``factor``."""
+    if norm is None:
+        return
+    for name, value in norm.state_dict().items():
+        scaled = name in ("weight", "bias")
+        result[f"{path}.{name}"] = value * factor if scaled else value
