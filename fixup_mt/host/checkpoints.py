@@ -30,7 +30,7 @@ from fixup_mt.model.config import PREFIX, FixupOptions
 
 logger = logging.getLogger(__name__)
 
-BUILT_BY = ("method", "base_branches", "tied_output", "output_bias")
+BUILT_BY = ("method", "base_branches", "tied_output", "output_bias", "qk_norm", "logit_cap")
 """Options of ours that a model is built by, and a checkpoint's weights may not show."""
 
 

@@ -8,6 +8,7 @@ flattened (``encoder_layers``, ``decoder_layers``, ...), and nested again when a
 from __future__ import annotations
 
 import dataclasses
+import math
 from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any, Optional, get_type_hints
@@ -104,6 +105,12 @@ class FixupOptions:
         "words in the training data), none (there is no such vector), auto (as the method has it)",
         choices=("auto", "frequencies", "none"),
     )
+    qk_norm: bool = _option(
+        False, "divide queries and keys by their root mean square; one learned number scales logits"
+    )
+    logit_cap: float = _option(
+        0.0, "keep the logits x of attention within C * tanh(x / C), such as 50; 0: do not"
+    )
     autocast: str = _option(
         "none",
         "run the model under torch.autocast in this type; scalars, logits and loss stay float32",
@@ -131,6 +138,11 @@ class FixupOptions:
         options = cls(**values)
         if options.agc:
             check_share(options.agc)
+        if not 0 <= options.logit_cap < math.inf:
+            raise UserError(
+                f"--fixup-logit-cap is {options.logit_cap:g}: give a number above 0, such as "
+                "50, or 0 for none"
+            )
         return options
 
     @property

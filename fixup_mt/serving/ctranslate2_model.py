@@ -28,6 +28,7 @@ from fixup_mt.serving.fold import (
     SLOTS,
     fold_transformer,
     positions,
+    refuse_other_attention,
     slots,
     stacks,
 )
@@ -91,6 +92,7 @@ def _specification(model: Any, task: Any) -> Any:
     except ModuleNotFoundError as error:
         raise UserError("this wants CTranslate2: pip install ctranslate2") from error
 
+    refuse_other_attention(model, "CTranslate2")
     epsilon = _epsilon(model)
     weights = fold_transformer(model)
     activation = str(model.decoder.cfg.activation_fn)

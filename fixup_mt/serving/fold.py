@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fixup_core.errors import UserError
+from fixup_mt.model.attention import FixupAttention
 from fixup_mt.model.linears import folded
 from fixup_mt.model.model import FixupLanguageModel, FixupTransformerModel
 from fixup_mt.model.slots import Parts
@@ -78,6 +79,21 @@ def slots(layer: Any) -> dict[str, Parts]:
 def positions(stack: Any) -> Tensor:
     """The embeddings of the positions of an encoder or decoder, folded as all are: [maximum, D]."""
     return _positions(stack) * next(_factors(stack)).detach().float().cpu()
+
+
+def refuse_other_attention(model: nn.Module, engine: str) -> None:
+    """Raise ``UserError`` for attention that ``engine`` has not, whatever the method."""
+    for module in model.modules():
+        if isinstance(module, FixupAttention):
+            for option, used in (
+                ("--fixup-qk-norm", module.temperature is not None),
+                ("--fixup-logit-cap", bool(module.logit_cap)),
+            ):
+                if used:
+                    raise UserError(
+                        f"a model with {option} has attention that {engine} has not: give "
+                        "--format onnx"
+                    )
 
 
 def check(model: nn.Module) -> None:
@@ -146,6 +162,9 @@ def _fold_stack(result: dict[str, Tensor], name: str, stack: Any, memory: nn.Mod
         for branch, parts in slots(layer).items():
             following = next(factors)
             _keep_norm(result, f"{path}.{SLOTS[branch]}", parts.norm, following)
+            if branch != "ffn" and getattr(layer, branch).temperature is not None:
+                temperature = getattr(layer, branch).temperature.value()
+                result[f"{path}.{branch}.temperature"] = temperature.reshape(1)
             if branch == "ffn":
                 _fold(result, f"{path}.fc1", layer.fc1, parts.scalars, divisor=now)
                 _fold(result, f"{path}.fc2", layer.fc2)
@@ -155,7 +174,11 @@ def _fold_stack(result: dict[str, Tensor], name: str, stack: Any, memory: nn.Mod
                 kv = (memory, None) if crosses else (parts.scalars, now)
                 _fold_attention(result, f"{path}.{branch}", attention, (parts.scalars, now), kv)
             now = following
-    _keep_norm(result, f"{name}.{END}", Parts.of(stack.layer_norm).norm, now)
+    last = Parts.of(stack.layer_norm).norm
+    _keep_norm(result, f"{name}.{END}", last, now)
+    if last is not None:
+        # fairseq drops the norm that ends a stack from a state dict without a version.
+        result[f"{name}.version"] = torch.tensor([3.0])
 
 
 def _fold_attention(

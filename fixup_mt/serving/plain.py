@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fixup_mt.model.attention import capped, unit_rms
 from fixup_mt.model.slots import Joined, Parts
 from fixup_mt.serving.fold import END, PROJECTIONS, SLOTS
 
@@ -46,7 +47,10 @@ class Attention(Branch):
 
     def __init__(self, weights: dict[str, Tensor], path: str, name: str, layer: Any) -> None:
         super().__init__(weights, f"{path}.{SLOTS[name]}", getattr(layer, SLOTS[name]))
-        self.heads = getattr(layer, name).num_heads
+        attention = getattr(layer, name)
+        self.heads, self.cap = attention.num_heads, attention.logit_cap
+        temperature = weights.get(f"{path}.{name}.temperature")
+        self.temperature = None if temperature is None else float(temperature)
         self.q, self.k, self.v, self.out = (
             _linear(weights, f"{path}.{name}.{projection}")
             for projection in (*PROJECTIONS, "out_proj")
@@ -58,13 +62,28 @@ class Attention(Branch):
 
     def keys_and_values(self, x: Tensor) -> Tensor:
         """[B, S, D] -> [2, B, H, S, C]."""
-        return torch.stack([self.split(self.k(x)), self.split(self.v(x))])
+        return torch.stack([self._unit(self.split(self.k(x))), self.split(self.v(x))])
 
     def forward(self, x: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
         """[B, T, D] over keys and values [2, B, H, S, C]; ``mask`` [B, 1, 1, S]: true at words."""
-        queries = self.split(self.q(self.before(x)))
-        out = F.scaled_dot_product_attention(queries, kv[0], kv[1], attn_mask=mask)
+        queries = self._unit(self.split(self.q(self.before(x))))
+        if self.temperature is not None:
+            queries = self.temperature * queries
+        if self.cap:
+            out = self._capped(queries, kv, mask)
+        else:
+            out = F.scaled_dot_product_attention(queries, kv[0], kv[1], attn_mask=mask)
         return self.behind(x + self.out(out.transpose(1, 2).flatten(2)))
+
+    def _unit(self, x: Tensor) -> Tensor:
+        return x if self.temperature is None else unit_rms(x)
+
+    def _capped(self, queries: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
+        logits = torch.matmul(queries * queries.size(3) ** -0.5, kv[0].transpose(2, 3))
+        logits = capped(logits, self.cap)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -1e4)
+        return torch.matmul(logits.softmax(dim=-1), kv[1])
 
 
 class FeedForward(Branch):

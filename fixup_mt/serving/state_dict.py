@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fixup_mt.errors import UserError
-from fixup_mt.serving.fold import fold_transformer, positions
+from fixup_mt.serving.fold import fold_transformer, positions, refuse_other_attention
 from fixup_mt.serving.plain import PlainDecoderStep, PlainEncoder, score
 
 
@@ -18,6 +18,7 @@ def write(file: Path, model: Any, task: Any) -> None:
     Raises:
         UserError: fairseq's transformer has no place for a part of it.
     """
+    refuse_other_attention(model, "fairseq's transformer")
     method = model.decoder.layers[0].method
     if method.norm not in (None, "layer") or method.shortcut is not None:
         part = "factors on its shortcuts" if method.shortcut else f"{method.norm} for norms"

@@ -86,6 +86,8 @@ def test_a_run_that_is_done_stays_as_it_is(data_bin: Path, trained: Path, tmp_pa
         ("base_branches", 15.0, 4.0),
         ("tied_output", "leave", "gain"),
         ("output_bias", "auto", "none"),
+        ("qk_norm", False, True),
+        ("logit_cap", 0.0, 50.0),
     ],
 )
 def test_a_run_goes_on_with_the_options_it_was_begun_with(name: str, was: Any, now: Any) -> None:

@@ -20,6 +20,8 @@ GIVEN = {
     "fixup_scalar_lr_ratio": 0.25,
     "fixup_tied_output": "gain",
     "fixup_output_bias": "frequencies",
+    "fixup_qk_norm": True,
+    "fixup_logit_cap": 30.0,
     "fixup_autocast": "bf16",
     "fixup_compile": True,
     "fixup_agc": 0.5,

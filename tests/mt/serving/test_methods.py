@@ -93,6 +93,11 @@ def test_a_method_is_exported_with_equal_translations_or_refused(
             _export(model, place, form)
         assert not list(tmp_path.iterdir())
         return
+    if form == "ctranslate2" and name == "none":
+        # He's start without norms: logits of thousands, beyond what its identity holds.
+        with pytest.raises(UserError, match="log-probabilities of ctranslate2 differ"):
+            _export(model, place, form)
+        return
     _export(model, place, form)
     expected = _by_fairseq(model)
     assert BY[form](place) == expected
