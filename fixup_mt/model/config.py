@@ -11,6 +11,7 @@ import dataclasses
 import math
 from argparse import Namespace
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Optional, get_type_hints
 
 import torch
@@ -129,10 +130,12 @@ class FixupOptions:
         """The options in a model's configuration; those that it lacks have their defaults.
 
         Args:
-            cfg: A configuration of ours or of another model of fairseq, or its namespace.
+            cfg: A configuration of ours or of another model of fairseq, its namespace, or the
+                dict that a checkpoint holds.
         """
         kinds = get_type_hints(cls)
-        given = {name: getattr(cfg, PREFIX + name, None) for name in kinds}
+        read = cfg.get if isinstance(cfg, dict) else partial(getattr, cfg)
+        given = {name: read(PREFIX + name, None) for name in kinds}
         # fairseq's parsers leave None where the command line says nothing.
         values = {name: kinds[name](v) for name, v in given.items() if v is not None}
         options = cls(**values)
