@@ -20,7 +20,7 @@ from tests.mt.helpers import build, dictionary, task, trained
 ctranslate2 = pytest.importorskip("ctranslate2")
 pytest.importorskip("onnxruntime")
 SIDES = task(dictionary(30, "s"), dictionary(35, "t"))
-LONGEST = 12
+SHORTEST, LONGEST = 2, 12
 SENTENCES = [["s1", "s7", "s3"], ["s20"], ["s4", "s4", "s9", "s11", "s2"]]
 
 
@@ -33,7 +33,7 @@ def _by_fairseq(model: Any) -> list[list[str]]:
     """What fairseq-generate gives, the likeliest piece at every step."""
     words = SIDES.target_dictionary
     generator = SequenceGenerator(
-        [model], words, beam_size=1, min_len=2, max_len_a=0, max_len_b=LONGEST
+        [model], words, beam_size=1, min_len=SHORTEST, max_len_a=0, max_len_b=LONGEST
     )
     found = []
     for sentence in SENTENCES:
@@ -47,7 +47,11 @@ def _by_fairseq(model: Any) -> list[list[str]]:
 
 def _by_ctranslate2(place: Path) -> list[list[str]]:
     translator = ctranslate2.Translator(str(place), compute_type="float32")
-    options = {"beam_size": 1, "max_decoding_length": LONGEST}
+    options = {
+        "beam_size": 1,
+        "min_decoding_length": SHORTEST,
+        "max_decoding_length": LONGEST,
+    }
     never = {"suppress_sequences": [["<blank>"]]}  # fairseq never gives padding
     found = translator.translate_batch(SENTENCES, **options, **never)
     return [result.hypotheses[0] for result in found]
@@ -65,6 +69,8 @@ def _by_onnx(place: Path) -> list[list[str]]:
             inputs = {"tokens": newest, "past": past, "memory": memory, "words": mask}
             logits, past = decoder.run(None, inputs)
             logits[:, 1] = -1e9
+            if len(pieces) < SHORTEST:
+                logits[:, 2] = -1e9
             newest = logits.argmax(axis=1)
             if newest[0] == 2:
                 break
