@@ -31,7 +31,7 @@ from fixup_mt.model.config import PREFIX, FixupOptions
 logger = logging.getLogger(__name__)
 
 BUILT_BY = (
-    *("method", "base_branches", "tied_output", "output_bias"),
+    *("method", "base_branches", "tied_output", "output_bias", "qk_norm", "logit_cap"),
     *("remove_norms", "removal_updates"),
 )
 """Options of ours that a model is built by, and a checkpoint's weights may not show."""

@@ -15,11 +15,14 @@ from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fixup_core import ResidualBranch, WeightLayer
+from fixup_core import ResidualBranch, ScalarMultiplier, WeightLayer
 from fixup_core.rules.method import Multiplier
 from fixup_core.rules.standards import PACKED_XAVIER_UNIFORM
 from fixup_mt.model.beams import apart, appended, is_identity, sentence_order, together
 from fixup_mt.model.linears import Products, ScalarLinear
+
+QK_EPSILON = 1e-6
+"""Added to the mean square of a query or key before its root."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,20 @@ class FixupAttention(MultiheadAttention):
     Keys and values may have fewer rows than the queries: then rows ``i * G`` to ``i * G + G - 1``
     of the queries, the hypotheses of one sentence, share row ``i`` (``fixup_mt.model.beams``).
 
+    With ``qk_norm`` each query and key of a head is divided by its root mean square, and the logits
+    are ``temperature / sqrt(C)`` times their product: a learnable number that starts at 1, so that
+    the first logits have the usual scale. Keys are cached normalised. Differs: Qwen3 and Gemma 3
+    have a gain for each of the C elements, OLMo 2 normalises all heads together with D gains,
+    ViT-22B has layer norms with gains; Henry et al. 2020 have the one number, too, but unit length.
+
     Args:
         embed_dim: D.
         num_heads: H.
         multiplier: Of the branch; ``None`` for a branch without one.
         bias: Whether the projections have bias vectors.
+        qk_norm: Whether queries and keys are normalised.
+        logit_cap: C; logits ``x`` become ``C * tanh(x / C)`` before the mask, as in Gemma 2. The
+            fused kernels have no such thing, so that the plain product is taken. 0: none.
         options: As fairseq's.
     """
 
@@ -115,6 +127,8 @@ class FixupAttention(MultiheadAttention):
         *,
         multiplier: Multiplier | None = None,
         bias: bool = False,
+        qk_norm: bool = False,
+        logit_cap: float = 0.0,
         q_noise: float = 0.0,
         qn_block_size: int = 8,
         **options: Any,
@@ -124,6 +138,8 @@ class FixupAttention(MultiheadAttention):
         # Differs: the authors multiply after dropout; the two commute.
         last = ScalarLinear(embed_dim, embed_dim, multiplier=multiplier, bias=bias)
         self.out_proj = quant_noise(last, q_noise, qn_block_size)
+        self.temperature = ScalarMultiplier() if qk_norm else None
+        self.logit_cap = logit_cap
         self.kept: Products | None = None
 
     def branch(self, name: str, stack: str, *parts: nn.Module) -> ResidualBranch:
@@ -171,9 +187,10 @@ class FixupAttention(MultiheadAttention):
         assert not before_softmax, "before_softmax is not supported"
         cache = KeyValueCache.of(self._get_input_buffer(incremental_state))
         if static_kv and cache is not None:
-            q = self._split_heads(self.q_proj(query))
+            q = self._unit(self._split_heads(self.q_proj(query)))
         else:
             q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
+            q, k = self._unit(q), self._unit(k)
             if cache is None:
                 cache = KeyValueCache(k, v, key_padding_mask, group=q.size(0) // k.size(0))
             else:
@@ -182,14 +199,18 @@ class FixupAttention(MultiheadAttention):
                 self._set_input_buffer(incremental_state, cache.buffer())
         rows = q.size(0)
         mask = self._mask(attn_mask, cache.padding, q.dtype)
-        q = together(q, cache.keys.size(0))
+        q = together(q if self.temperature is None else self.temperature(q), cache.keys.size(0))
         weights: Tensor | None = None
-        if need_weights or need_head_weights:
+        if self.logit_cap or need_weights or need_head_weights:
             out, weights = self._attend_and_weigh(q, cache.keys, cache.values, mask)
+        else:
+            out = self._attend(q, cache.keys, cache.values, mask)
+        if need_weights or need_head_weights:
+            assert weights is not None
             weights = apart(weights, rows)
             weights = weights.transpose(0, 1) if need_head_weights else weights.mean(dim=1)
         else:
-            out = self._attend(q, cache.keys, cache.values, mask)
+            weights = None
         return self.out_proj(apart(out, rows).permute(2, 0, 1, 3).flatten(2)), weights
 
     def reorder_incremental_state(
@@ -233,6 +254,10 @@ class FixupAttention(MultiheadAttention):
         """[T, B, D] -> [B, H, T, C]."""
         return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).permute(1, 2, 0, 3)
 
+    def _unit(self, x: Tensor) -> Tensor:
+        """Queries or keys of each head at a root mean square of 1, where that is asked for."""
+        return x if self.temperature is None else unit_rms(x)
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         drops = self.training or self.dropout_module.apply_during_inference
         dropout = self.dropout_module.p if drops else 0.0
@@ -265,12 +290,29 @@ class FixupAttention(MultiheadAttention):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         logits = torch.matmul(q * self.scaling, k.transpose(2, 3))
+        logits = capped(logits, self.logit_cap)
         if mask is not None:
             logits = logits + mask
         double = logits.dtype == torch.float64
         dtype = torch.float64 if double else torch.float32
         weights = torch.softmax(logits, dim=-1, dtype=dtype)
         return torch.matmul(self.dropout_module(weights).to(v.dtype), v), weights
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """``x`` divided by the root mean square of its last dimension, in its own type."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    square = wide.square().mean(dim=-1, keepdim=True)
+    return (wide * torch.rsqrt(square + QK_EPSILON)).to(x.dtype)
+
+
+def capped(logits: Tensor, cap: float) -> Tensor:
+    """Between ``-cap`` and ``cap``, near 0 as they are; 0: as they are."""
+    if not cap:
+        return logits
+    # In half precision the logits near the cap would be one.
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return cap * torch.tanh(wide / cap)
 
 
 def _plain_linear(module: nn.Module) -> bool:

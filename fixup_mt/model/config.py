@@ -8,8 +8,10 @@ flattened (``encoder_layers``, ``decoder_layers``, ...), and nested again when a
 from __future__ import annotations
 
 import dataclasses
+import math
 from argparse import Namespace
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Optional, get_type_hints
 
 import torch
@@ -106,6 +108,12 @@ class FixupOptions:
         "words in the training data), none (there is no such vector), auto (as the method has it)",
         choices=("auto", "frequencies", "none"),
     )
+    qk_norm: bool = _option(
+        False, "divide queries and keys by their root mean square; one learned number scales logits"
+    )
+    logit_cap: float = _option(
+        0.0, "keep the logits x of attention within C * tanh(x / C), such as 50; 0: do not"
+    )
     autocast: str = _option(
         "none",
         "run the model under torch.autocast in this type; scalars, logits and loss stay float32",
@@ -137,15 +145,22 @@ class FixupOptions:
         """The options in a model's configuration; those that it lacks have their defaults.
 
         Args:
-            cfg: A configuration of ours or of another model of fairseq, or its namespace.
+            cfg: A configuration of ours or of another model of fairseq, its namespace, or the
+                dict that a checkpoint holds.
         """
         kinds = get_type_hints(cls)
-        given = {name: getattr(cfg, PREFIX + name, None) for name in kinds}
+        read = cfg.get if isinstance(cfg, dict) else partial(getattr, cfg)
+        given = {name: read(PREFIX + name, None) for name in kinds}
         # fairseq's parsers leave None where the command line says nothing.
         values = {name: kinds[name](v) for name, v in given.items() if v is not None}
         options = cls(**values)
         if options.agc:
             check_share(options.agc)
+        if not 0 <= options.logit_cap < math.inf:
+            raise UserError(
+                f"--fixup-logit-cap is {options.logit_cap:g}: give a number above 0, such as "
+                "50, or 0 for none"
+            )
         return options
 
     @property

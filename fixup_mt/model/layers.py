@@ -120,6 +120,8 @@ def _attention(layer: Any, embed_dim: int, cfg: Any, stack: Any, **kind: Any) ->
         stack.attention_heads,
         multiplier=layer.method.branch_multiplier(embed_dim),
         bias=layer.method.bias_vectors,
+        qk_norm=cfg.fixup.qk_norm,
+        logit_cap=cfg.fixup.logit_cap,
         dropout=cfg.attention_dropout,
         q_noise=layer.quant_noise,
         qn_block_size=layer.quant_noise_block_size,

@@ -22,6 +22,7 @@ from fixup_core.errors import UserError
 from fixup_core.fuse.ops import value_of
 from fixup_core.removal.leaving import LeavingNorm
 from fixup_core.rules.method import Multiplier
+from fixup_core.rules.placed import PlacedConstant
 
 Products = tuple[Tensor, Tensor | None]
 """A weight and a bias vector."""
@@ -129,7 +130,8 @@ def folded(layer: Any, *slots: nn.Module) -> tuple[Tensor, Tensor]:
 
     Args:
         layer: A linear layer, of this file or PyTorch's own.
-        slots: In the order of the forward pass: scalars, identities, or ``nn.Sequential`` of them.
+        slots: In the order of the forward pass: scalars, fixed numbers, identities, or
+            ``nn.Sequential`` of them.
 
     Returns:
         Weight [out, in] and bias vector [out], which is zeros where nothing is added.
@@ -140,7 +142,7 @@ def folded(layer: Any, *slots: nn.Module) -> tuple[Tensor, Tensor]:
     own = layer.folded() if hasattr(layer, "folded") else (layer.weight, layer.bias)
     weight, bias = own
     for slot in reversed(list(_flat(slots))):
-        if isinstance(slot, ScalarMultiplier):
+        if isinstance(slot, ScalarMultiplier | PlacedConstant):
             weight = weight * slot.value()
         elif isinstance(slot, ScalarBias):
             bias = _sum(bias, weight.sum(dim=1) * slot.value())

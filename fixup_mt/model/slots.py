@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from fixup_core import Method
+from fixup_core.removal.leaving import LeavingNorm
 from fixup_core.rules.norms import POINTWISE
-from fixup_core.rules.placed import PlacedConstant
+from fixup_core.rules.placed import ChannelMultiplier, PlacedConstant
 from fixup_core.rules.residual import Residual
 
 NORMS: dict[str, Any] = {"layer": nn.LayerNorm, **POINTWISE}
@@ -60,3 +62,38 @@ def make_end(method: Method, width: int, *, multiplier: bool) -> nn.Module:
         return nn.Identity() if method.norm_on_sum else NORMS[method.norm](width)
     bias = method.make_bias()
     return nn.Sequential(bias, method.closing_multiplier() or nn.Identity()) if multiplier else bias
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a slot holds, by what an export does with it.
+
+    Attributes:
+        norm: Before the branch or on the sum; ``None``: none.
+        scalars: What follows the norm, or stands alone before the branch: it can be folded into
+            the branch's first layers.
+        shortcut: What the shortcut is multiplied by, [] or [D]; ``None``: by nothing.
+        gone: What stands on the sum for a norm that was taken out: an affine map.
+    """
+
+    norm: nn.Module | None
+    scalars: nn.Module
+    shortcut: Tensor | None = None
+    gone: LeavingNorm | None = None
+
+    @classmethod
+    def of(cls, slot: nn.Module) -> Parts:
+        """Those of a slot of a branch, or of what ends a stack."""
+        if isinstance(slot, Joined):
+            joined: Any = slot.residual
+            scaled = isinstance(joined.shortcut, PlacedConstant | ChannelMultiplier)
+            factor = joined.shortcut.value() if scaled else None
+            if isinstance(joined.norm, LeavingNorm):
+                return cls(None, nn.Identity(), factor, joined.norm)
+            return cls(joined.norm, nn.Identity(), factor)
+        kinds = tuple(NORMS.values())
+        if isinstance(slot, kinds):
+            return cls(slot, nn.Identity())
+        if isinstance(slot, nn.Sequential) and isinstance(slot[0], kinds):
+            return cls(slot[0], slot[1:])
+        return cls(None, slot)

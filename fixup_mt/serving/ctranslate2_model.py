@@ -5,22 +5,33 @@ A language model goes on with a text that begins with the end of the one before 
     generator = ctranslate2.Generator("folder")
     generator.generate_batch([["</s>", "a", "piece"]], max_length=50)
 
-That engine drops a layer's residual silently where it has no norm, so every norm is an RMS norm
-with an epsilon of 2^30 and a gain of its root: the identity, to the last digits of float32.
+That engine drops a layer's residual silently where it has no norm. So a model without norms has RMS
+norms with an epsilon of 2^30 and a gain of its root: the identity, to the last digits of float32.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fixup_core.rules.norms import POINTWISE
 from fixup_mt.errors import UserError
 from fixup_mt.model.model import FixupLanguageModel
-from fixup_mt.serving.fold import PROJECTIONS, fold_transformer, positions, stacks
+from fixup_mt.serving.fold import (
+    END,
+    PROJECTIONS,
+    SLOTS,
+    fold_transformer,
+    positions,
+    refuse_other_attention,
+    slots,
+    stacks,
+)
 
 EPSILON = 2.0**30
 MAX_SOURCE, MAX_TARGET = "max_source_positions", "max_target_positions"
@@ -81,13 +92,17 @@ def _specification(model: Any, task: Any) -> Any:
     except ModuleNotFoundError as error:
         raise UserError("this wants CTranslate2: pip install ctranslate2") from error
 
+    refuse_other_attention(model, "CTranslate2")
+    epsilon = _epsilon(model)
     weights = fold_transformer(model)
     activation = str(model.decoder.cfg.activation_fn)
     if activation not in ACTIVATIONS:
         raise UserError(f"CTranslate2 has no activation function {activation}")
+    method = model.decoder.layers[0].method
+    gone = model.removal is not None
     kind = {
-        "pre_norm": True,
-        "rms_norm": True,
+        "pre_norm": gone or not method.norm_on_sum,
+        "rms_norm": gone or method.norm is None,
         "activation": getattr(Activation, ACTIVATIONS[activation]),
     }
     if isinstance(model, FixupLanguageModel):
@@ -99,9 +114,34 @@ def _specification(model: Any, task: Any) -> Any:
         limit = MAX_SOURCE if name == "encoder" else MAX_TARGET
         spec.config.add_attribute(limit, int(stack.max_positions()))
     _set_linear(spec.decoder.projection, weights, "decoder.output_projection")
-    spec.config.layer_norm_epsilon = EPSILON
+    spec.config.layer_norm_epsilon = epsilon
     spec.validate()
     return spec
+
+
+def _epsilon(model: Any) -> float:
+    """Of all norms: the engine has one for a model.
+
+    Raises:
+        UserError: The engine cannot express what the model has for norms.
+    """
+    method = model.decoder.layers[0].method
+    if method.norm not in (None, "layer"):
+        raise UserError(
+            f"a model of --fixup-method {method.name} has {POINTWISE[method.norm].__name__} in the "
+            "place of its norms, which CTranslate2 has not: give --format onnx"
+        )
+    found = {norm.eps if isinstance(norm, nn.LayerNorm) else EPSILON for norm in _norms_of(model)}
+    if len(found) > 1:
+        raise UserError("CTranslate2 has one kind of norm for a model, and this one has several")
+    return found.pop()
+
+
+def _norms_of(model: Any) -> Iterator[nn.Module | None]:
+    """Of all branches."""
+    for stack in stacks(model).values():
+        for layer in stack.layers:
+            yield from (parts.norm for parts in slots(layer).values())
 
 
 def _translator(model: Any, task: Any, specs: Any, kind: dict[str, Any]) -> Any:
@@ -136,7 +176,7 @@ def _set_stack(spec: Any, stack: Any, weights: dict[str, Tensor], name: str) -> 
     table.weight = weights[f"{name}.embed_tokens.weight"].numpy()
     spec.scale_embeddings = stack.embed_scale
     spec.position_encodings.encodings = positions(stack).numpy()
-    norms = [spec.layer_norm]
+    norms = {END: spec.layer_norm} if hasattr(spec, "layer_norm") else {}
     for number, layer in enumerate(spec.layer):
         path = f"{name}.layers.{number}"
         own = layer.self_attention
@@ -144,15 +184,24 @@ def _set_stack(spec: Any, stack: Any, weights: dict[str, Tensor], name: str) -> 
         _set_linear(own.linear[1], weights, f"{path}.self_attn.out_proj")
         _set_linear(layer.ffn.linear_0, weights, f"{path}.fc1")
         _set_linear(layer.ffn.linear_1, weights, f"{path}.fc2")
-        norms += [own.layer_norm, layer.ffn.layer_norm]
+        norms[f"layers.{number}.{SLOTS['self_attn']}"] = own.layer_norm
+        norms[f"layers.{number}.{SLOTS['ffn']}"] = layer.ffn.layer_norm
         if hasattr(layer, "attention"):
             cross, path = layer.attention, f"{path}.encoder_attn"
             _set_linear(cross.linear[0], weights, f"{path}.q_proj")
             _set_fused(cross.linear[1], weights, path, PROJECTIONS[1:])
             _set_linear(cross.linear[2], weights, f"{path}.out_proj")
-            norms.append(cross.layer_norm)
-    for norm in norms:
-        norm.gamma = torch.full((width,), EPSILON**0.5).numpy()
+            norms[f"layers.{number}.{SLOTS['encoder_attn']}"] = cross.layer_norm
+    for place, norm in norms.items():
+        _set_norm(norm, weights, f"{name}.{place}", width)
+
+
+def _set_norm(spec: Any, weights: dict[str, Tensor], path: str, width: int) -> None:
+    """A layer norm, or the identity."""
+    if f"{path}.weight" in weights:
+        spec.gamma, spec.beta = (weights[f"{path}.{part}"].numpy() for part in ("weight", "bias"))
+    else:
+        spec.gamma = torch.full((width,), EPSILON**0.5).numpy()
 
 
 def _set_linear(spec: Any, weights: dict[str, Tensor], path: str) -> None:

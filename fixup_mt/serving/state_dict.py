@@ -1,4 +1,4 @@
-"""A Transformer's folded weights as a file, under the names of fairseq's pre-norm transformer."""
+"""A Transformer's folded weights as a file, under the names of fairseq's transformer."""
 
 from __future__ import annotations
 
@@ -7,38 +7,48 @@ from typing import Any
 
 import torch
 
-from fixup_mt.serving.fold import fold_transformer, positions
-from fixup_mt.serving.plain import PlainDecoderStep, PlainEncoder
+from fixup_mt.errors import UserError
+from fixup_mt.serving.fold import fold_transformer, positions, refuse_other_attention
+from fixup_mt.serving.plain import PlainDecoderStep, PlainEncoder, score
 
 
 def write(file: Path, model: Any, task: Any) -> None:
-    """Write ``model``'s folded weights; ``task`` is not needed."""
+    """Write ``model``'s folded weights; ``task`` is not needed.
+
+    Raises:
+        UserError: fairseq's transformer has no place for a part of it.
+    """
+    refuse_other_attention(model, "fairseq's transformer")
+    method = model.decoder.layers[0].method
+    if method.norm not in (None, "layer") or method.shortcut is not None:
+        part = "factors on its shortcuts" if method.shortcut else f"{method.norm} for norms"
+        raise UserError(
+            f"a model of --fixup-method {method.name} has {part}, for which fairseq's transformer "
+            "has no weights: give --format onnx"
+        )
     torch.save({"model": fold_transformer(model)}, file)
 
 
 def log_probabilities(
-    file: Path, source: list[list[str]], target: list[list[str]], model: Any, task: Any
+    file: Path, source: list[list[str]] | None, target: list[list[str]], model: Any, task: Any
 ) -> Any:
-    """Of each piece of ``target`` and of the sentence's end; all sentences of one length.
+    """Of each piece of ``target`` and of the sentence's end; all sentences of one length. A
+    language model has no ``source``.
 
     The weights come from ``file``; the sizes, which it does not hold, are those of ``model``.
     """
     weights = torch.load(file, weights_only=True)["model"]
-    pad = task.source_dictionary.pad()
-    encoder = PlainEncoder(model, weights, positions(model.encoder), pad).eval()
     step = PlainDecoderStep(model, weights, positions(model.decoder)).eval()
-    tokens, words = (
-        torch.tensor([[*map(dictionary.index, row), dictionary.eos()] for row in rows])
-        for dictionary, rows in (
-            (task.source_dictionary, source),
-            (task.target_dictionary, target),
-        )
-    )
+    words = _numbers(target, task.target_dictionary)
     with torch.no_grad():
-        memory, mask = encoder(tokens)
-        past, found = memory[:, :, :, :, :0], []
-        # The decoder begins with the end of a sentence.
-        for before, now in zip(words.roll(1, dims=1).unbind(1), words.unbind(1), strict=True):
-            logits, past = step(before, past, memory, mask)
-            found.append(logits.log_softmax(dim=1).gather(1, now[:, None]))
-    return torch.cat(found, dim=1).tolist()
+        past = step.nothing(len(words))
+        if source is None:
+            return score(step, past, words)
+        pad = task.source_dictionary.pad()
+        encoder = PlainEncoder(model, weights, positions(model.encoder), pad).eval()
+        memory, mask = encoder(_numbers(source, task.source_dictionary))
+        return score(lambda tokens, past: step(tokens, past, memory, mask), past, words)
+
+
+def _numbers(rows: list[list[str]], dictionary: Any) -> torch.Tensor:
+    return torch.tensor([[*map(dictionary.index, row), dictionary.eos()] for row in rows])

@@ -85,7 +85,7 @@ def load(args: argparse.Namespace) -> Any:
         import ctranslate2
     except ModuleNotFoundError as error:
         raise UserError("this wants CTranslate2: pip install ctranslate2") from error
-    if (args.model / ONNX_FILES[0]).is_file():
+    if (args.model / ONNX_FILES["decoder"]).is_file():
         raise UserError(
             f"{args.model} holds an ONNX export, and translate takes CTranslate2's: export the "
             "checkpoint with --format ctranslate2"

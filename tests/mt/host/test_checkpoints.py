@@ -86,6 +86,8 @@ def test_a_run_that_is_done_stays_as_it_is(data_bin: Path, trained: Path, tmp_pa
         ("base_branches", 15.0, 4.0),
         ("tied_output", "leave", "gain"),
         ("output_bias", "auto", "none"),
+        ("qk_norm", False, True),
+        ("logit_cap", 0.0, 50.0),
     ],
 )
 def test_a_run_goes_on_with_the_options_it_was_begun_with(name: str, was: Any, now: Any) -> None:
@@ -101,6 +103,21 @@ def test_a_run_goes_on_with_the_options_it_was_begun_with(name: str, was: Any, n
     flag = f"--fixup-{name.replace('_', '-')}"
     with pytest.raises(UserError, match=f"was trained with {flag} {was}, not {now}: give what"):
         checkpoints._check_method(file, state, asked)
+
+
+def test_a_run_of_another_method_than_the_first_goes_on(data_bin: Path, tmp_path: Path) -> None:
+    """Fairseq keeps the model's options as a dict."""
+
+    def flags(updates: int, cap: int) -> list[object]:
+        own = ("--fixup-method", "fixup_attention_m2", "--fixup-qk-norm", "--fixup-logit-cap", cap)
+        return train_flags(data_bin, tmp_path, *own, "--max-update", updates)
+
+    fairseq("train", *flags(2, 20))
+    done = fairseq("train", *flags(3, 20))
+    assert "Loaded checkpoint" in done.stdout + done.stderr
+    refused = fairseq("train", *flags(4, 30), check=False)
+    assert refused.returncode == 2
+    assert "was trained with --fixup-logit-cap 20.0, not 30.0" in refused.stderr
 
 
 def test_models_of_fairseqs_own_have_no_such_options() -> None:

@@ -20,6 +20,8 @@ GIVEN = {
     "fixup_scalar_lr_ratio": 0.25,
     "fixup_tied_output": "gain",
     "fixup_output_bias": "frequencies",
+    "fixup_qk_norm": True,
+    "fixup_logit_cap": 30.0,
     "fixup_autocast": "bf16",
     "fixup_compile": True,
     "fixup_agc": 0.5,
@@ -31,7 +33,7 @@ OTHER = FixupOptions(**{name.removeprefix("fixup_"): value for name, value in GI
 def test_every_option_is_read_from_any_configuration() -> None:
     flat = OmegaConf.structured(FixupTransformerConfig(**GIVEN))
     namespace = argparse.Namespace(**GIVEN)
-    for cfg in (flat, namespace, TransformerConfig.from_namespace(namespace)):
+    for cfg in (flat, namespace, TransformerConfig.from_namespace(namespace), dict(GIVEN)):
         assert FixupOptions.of(cfg) == OTHER
     assert all(
         getattr(OTHER, field.name) != field.default for field in dataclasses.fields(FixupOptions)

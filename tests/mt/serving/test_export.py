@@ -123,9 +123,12 @@ def test_quantised_weights_are_near(quantization: str, tmp_path: Path) -> None:
     assert export.difference(theirs, tmp_path / "small", model, sides) < 0.5
 
 
-def test_folded_weights_are_those_of_a_plain_transformer() -> None:
-    """Fairseq's own pre-norm model, its norms taken out, gives the same logits."""
-    model, sides = _model("tiny")
+@pytest.mark.parametrize("method", ["fixup", "prenorm", "postnorm"])
+def test_folded_weights_are_those_of_a_plain_transformer(method: str) -> None:
+    """Fairseq's own model gives the same logits; for a method without norms its are taken out."""
+    sides = SIDES
+    learned = {"encoder_learned_pos": True, "decoder_learned_pos": True}
+    model = trained(build(on=sides, fixup_method=method, **learned))
     sizes = {
         name: getattr(getattr(model.cfg, side), size)
         for side in ("encoder", "decoder")
@@ -135,11 +138,12 @@ def test_folded_weights_are_those_of_a_plain_transformer() -> None:
     plain = build(
         "transformer",
         on=sides,
-        encoder_normalize_before=True,
-        decoder_normalize_before=True,
+        encoder_normalize_before=method != "postnorm",
+        decoder_normalize_before=method != "postnorm",
         **sizes,
+        **learned,
     ).eval()
-    for module in plain.modules():
+    for module in plain.modules() if method == "fixup" else ():
         for name in ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"):
             if hasattr(module, name):
                 setattr(module, name, torch.nn.Identity())
@@ -165,11 +169,19 @@ def test_folded_weights_are_copies() -> None:
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
-def test_a_slot_with_a_norm_is_refused() -> None:
+def test_a_slot_with_an_unknown_module_is_refused() -> None:
     model, _ = _model("tiny")
-    model.decoder.layers[1].final_layer_norm = torch.nn.LayerNorm(64)
-    with pytest.raises(UserError, match="a LayerNorm cannot be folded"):
+    model.decoder.layers[1].final_layer_norm = torch.nn.GroupNorm(1, 64)
+    with pytest.raises(UserError, match="a GroupNorm cannot be folded"):
         fold_transformer(model)
+
+
+def test_norms_in_some_branches_alone_are_refused(tmp_path: Path) -> None:
+    """CTranslate2 has one kind of norm for a model."""
+    model, sides = _model("tiny")
+    model.decoder.layers[1].final_layer_norm = torch.nn.LayerNorm(64)
+    with pytest.raises(UserError, match="one kind of norm for a model, and this one has several"):
+        export.export(model, sides, _arguments(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -203,6 +215,19 @@ LANGUAGE_MODELS = {
 }
 
 
+@pytest.mark.parametrize("form", ["onnx", "fairseq"])
+@pytest.mark.parametrize("method", ["fixup", "prenorm"])
+def test_a_language_model_is_written_as_a_decoder_alone(
+    form: str, method: str, tmp_path: Path
+) -> None:
+    model, place = trained(build_lm(fixup_method=method)), tmp_path / "out"
+    export.export(model, task(), _arguments(place, format=form))
+    theirs = export.FORMATS[form].module.log_probabilities
+    assert export.difference(theirs, place, model, task()) < 2e-4
+    if form == "onnx":
+        assert {file.name for file in place.iterdir()} == {"decoder.onnx", "target.txt"}
+
+
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_a_language_model_is_one_for_the_engines_generator(name: str, tmp_path: Path) -> None:
     import ctranslate2
@@ -224,9 +249,6 @@ def test_a_language_model_is_one_for_the_engines_generator(name: str, tmp_path: 
 
 def test_what_a_language_model_cannot_be_is_said(tmp_path: Path, capsys) -> None:
     model = build_lm().eval()
-    for form in ("onnx", "fairseq"):
-        with pytest.raises(UserError, match="a language model is exported with --format ctrans"):
-            export.export(model, task(), _arguments(tmp_path / "x", format=form))
     characters = build_lm(character_embeddings=True).eval()
     with pytest.raises(UserError, match="--character-embeddings cannot be exported exactly"):
         fold_transformer(characters)
