@@ -49,11 +49,11 @@ def take_over_settings(original: Any) -> Any:
     def parse_args_and_arch(parser: Any, input_args: Any = None, *args: Any, **kwargs: Any) -> Any:
         parsed = original(parser, input_args, *args, **kwargs)
         options = parsed[0] if isinstance(parsed, tuple) else parsed
-        line = sys.argv[1:] if input_args is None else [part or "" for part in input_args]
-        file = getattr(options, "fixup_from_layernorm", "")
-        if file and hasattr(options, "max_update"):
-            take_over_(options, saved_model(file)[1], line, file)
-        check_removal(options)
+        if input_args is None:  # a command's line, and not a text that somebody looks at
+            file = getattr(options, "fixup_from_layernorm", "")
+            if file and hasattr(options, "max_update"):
+                take_over_(options, saved_model(file)[1], sys.argv[1:], file)
+            check_removal(options)
         return parsed
 
     return parse_args_and_arch

@@ -17,6 +17,7 @@ import timm
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -170,7 +171,16 @@ def private() -> Names:
     return {"net": SmallNet(nn.BatchNorm2d), "loader": DataLoader(data, batch_size=8)}
 
 
+def trained() -> Names:
+    """A network with norms that goes on training, its data and its optimiser."""
+    names = resnet() | {"labels": torch.randint(0, 10, (8,)), "F": F}
+    optimizer = torch.optim.SGD(names["net"].parameters(), lr=0.01)
+    data = [(names["images"], names["labels"])] * 10
+    return names | {"data": data, "optimizer": optimizer}
+
+
 GIVENS: dict[str, dict[str, Callable[[], Names]]] = {
+    "README.md": {"fc.NormRemoval(": trained},
     "docs/any-network.md": {
         "# 64 images that": resnet,
         "example_inputs=tokens": language_model,
@@ -185,6 +195,7 @@ GIVENS: dict[str, dict[str, Callable[[], Names]]] = {
     },
     "docs/depth-check.md": {"print(check)": vectors},
     "docs/gradient-flow.md": {"plot_flows(": chains, "backward_graph(x2": numbers},
+    "docs/remove-norms.md": {"fc.NormRemoval(": trained},
     "docs/privacy.md": {"make_private_with_epsilon": private},
     "docs/theory.md": {"is_positively_homogeneous": plain_resnet},
 }
