@@ -53,10 +53,6 @@ COMMON = [
     "(0.9,0.98)",
     "--weight-decay",
     "0.0001",
-    "--lr-scheduler",
-    "inverse_sqrt",
-    "--warmup-init-lr",
-    "1e-07",
     "--criterion",
     "label_smoothed_cross_entropy",
     "--label-smoothing",
@@ -74,6 +70,8 @@ COMMON = [
     "--keep-last-epochs",
     "8",
 ]
+SCHEDULE = ["--lr-scheduler", "inverse_sqrt", "--warmup-init-lr", "1e-07"]
+"""Of a run whose flags name no other."""
 VALID = re.compile(r"\| valid \| (\{.*\})")
 
 
@@ -100,9 +98,10 @@ def run(data_bin: Path, runs: Path, name: str, flags: list[str]) -> None:
     train = [sys.executable, "-W", "ignore", "-m", "fairseq_cli.train", str(data_bin)]
     plugin = ["--user-dir", str(PLUGIN), "--save-dir", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    schedule = [] if SCHEDULE[0] in flags else SCHEDULE
     with (folder / "train.log").open("a") as log:
         status = subprocess.run(
-            [*train, *plugin, *COMMON, *flags], stdout=log, stderr=log, env=environment
+            [*train, *plugin, *COMMON, *schedule, *flags], stdout=log, stderr=log, env=environment
         ).returncode
     if status:
         print(f"{name}: failed with status {status}, see {folder / 'train.log'}", flush=True)
