@@ -58,6 +58,7 @@ if any((HERE / "gallery").glob("*.py")):
         "gallery_dirs": "auto_gallery",
         "filename_pattern": r"\.py$",
         "abort_on_example_error": True,
+        "capture_repr": (),
         "show_memory": False,
         "download_all_examples": False,
     }

@@ -62,5 +62,9 @@ def test_from_layernorm_to_none() -> None:
     assert all(sum(without[n][50:75]) < sum(with_norms[n][50:75]) for n in without)
     slopes = [check.slopes[-1].value for check in found["checks"].values()]
     assert slopes[0] > 0.5 and slopes[1] > 0.25 and abs(slopes[2]) < 0.2
+    curves = {name: curve for name, (curve, _) in found["removals"].items()}
+    for gentle in (curves["taper"], curves["one_by_one"]):
+        assert max(gentle) < 0.5 * max(curves["at_once"])
+        assert sum(gentle[-10:]) < 0.9 * sum(curves["at_once"][-10:])
     means = [sum(sizes) / len(sizes) for sizes in found["checks"]["none, fixup_adam"].sizes]
     assert max(means) < 1.25 * min(means)
