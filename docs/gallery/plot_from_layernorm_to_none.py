@@ -226,4 +226,5 @@ print(removals["taper"][1].encoder.layers[0])
 # %%
 # The dotted line is where the last norm is gone. Where all go at once the loss leaps to more than
 # twice what it was, and ends above the other two. The taper falls on evenly; one by one, the loss
-# leaps when the last norm of all goes, and comes back within some 40 steps. What is left is an ``nn.TransformerEncoder`` with the identity where its norms were.
+# leaps when the last norm of all goes, and comes back within some 40 steps. What is left is an
+# ``nn.TransformerEncoder`` with the identity where its norms were.
