@@ -74,6 +74,19 @@ def start_from_layernorm(original: Any) -> Any:
     return load_checkpoint
 
 
+@patch("fairseq.checkpoint_utils:save_checkpoint", "cfg trainer epoch_itr val_loss")
+def best_without_norms(original: Any) -> Any:
+    """While norms are left no checkpoint counts as the best."""
+
+    def save_checkpoint(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: Any) -> Any:
+        removal = getattr(trainer.get_model(), "removal", None)
+        if removal is not None and removal.left:
+            val_loss = None
+        return original(cfg, trainer, epoch_itr, val_loss)
+
+    return save_checkpoint
+
+
 @patch(
     "fairseq.tasks.fairseq_task:FairseqTask.train_step",
     "self sample model criterion optimizer update_num ignore_grad",

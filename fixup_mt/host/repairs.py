@@ -29,6 +29,7 @@ from fixup_mt.host.generation import (
     take_numpys_old_names_away,
 )
 from fixup_mt.host.layernorm import (
+    best_without_norms,
     hold_the_logits,
     start_from_layernorm,
     take_over_settings,
@@ -182,7 +183,7 @@ REPAIRS: tuple[Patch, ...] = (
 )
 
 OPTIONS = (
-    *(take_over_settings, start_from_layernorm, hold_the_logits),
+    *(take_over_settings, start_from_layernorm, best_without_norms, hold_the_logits),
     *(clip_adaptively_where_asked, log_gradients_where_asked),
 )
 """What stands behind options of our own. The last is outermost: gradients are logged as they come,

@@ -28,7 +28,7 @@ def checkpoint_callbacks(
     def last(kind: type[ModelCheckpoint], **when: Any) -> ModelCheckpoint:
         return kind(folder, "last", enable_version_counter=False, **when)
 
-    best = ModelCheckpoint(
+    best = BestCheckpoint(
         folder, "best", monitor="val/accuracy", mode="max", enable_version_counter=False
     )
     # Never when a validation ends, which may be in the midst of accumulated gradients.
@@ -36,6 +36,20 @@ def checkpoint_callbacks(
     stopped = last(StopCheckpoint, every_n_train_steps=1)
     within = [last(MidEpochCheckpoint, every_n_train_steps=every)] if every else []
     return [*([best] if validates else []), stopped, epochs, *within]
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Saves the best so far; where norms are taken out, the best of those without any."""
+
+    @property
+    def state_key(self) -> str:
+        """That of its parent, under which runs have saved the best score."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__)
+
+    def _should_skip_saving_checkpoint(self, trainer: L.Trainer) -> bool:
+        removal = getattr(trainer.lightning_module, "removal", None)
+        norms_left = removal is not None and not removal.done
+        return norms_left or super()._should_skip_saving_checkpoint(trainer)
 
 
 class MidEpochCheckpoint(ModelCheckpoint):
