@@ -39,12 +39,12 @@ def build_lm(arch: str = "transformer_fixup_lm_tiny", **options: Any) -> Any:
     return build(arch, **{**defaults, "tpu": False, **options})
 
 
-def trained(model: Any, seed: int = 0) -> Any:
+def trained(model: Any, seed: int = 0, size: float = 0.1) -> Any:
     """Give every parameter a value that training could have given it: none stays at 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter += size * torch.randn(parameter.shape, generator=generator)
     assert all(scalar.weight.item() != 0 for scalar in scalars(model))
     return model.eval()
 

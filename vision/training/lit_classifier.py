@@ -28,7 +28,7 @@ from vision.training.fine_tuning import freeze_, load_weights_
 from vision.training.mixing import blend
 from vision.training.optimizers import make_optimizer
 from vision.training.removing import check_length, measures_of, removal_of
-from vision.training.schedule import length_of, rate_at, steps_per_epoch
+from vision.training.schedule import length_of, rate_at, run_length, steps_per_epoch
 
 RANGES = (
     ("num_classes", 2, math.inf),
@@ -173,8 +173,6 @@ class LitClassifier(L.LightningModule):
                 self._initialise_on_data()
             if self.args.weights:
                 self._start_from(Path(self.args.weights))
-        if stage == "fit" and self.removal is not None:
-            check_length(self.removal, self.trainer)
 
     def _start_from(self, file: Path) -> None:
         """Take the weights of a file; where norms go, they go from what it holds."""
@@ -235,9 +233,11 @@ class LitClassifier(L.LightningModule):
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self.removal is not None and self.removal.steps_done < self.global_step:
-            self.removal.at(self.global_step)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """And the next one of the norms that go, before any checkpoint is saved."""
+        super().optimizer_step(*args, **kwargs)
+        if self.removal is not None:
+            self.removal.at(self.global_step + 1)
 
     def _stop_unless_finite(self, value: Tensor, name: str) -> None:
         """On all processes, where one of them finds something else.
@@ -340,6 +340,8 @@ class LitClassifier(L.LightningModule):
         options = (own if plain else {}) | (args.optimizer_options or {})
         optimizer = make_optimizer(args.optimizer, groups, options)
         self.steps_per_epoch = steps_per_epoch(self.trainer, self.data)
+        if self.removal is not None:
+            check_length(self.removal, run_length(self.steps_per_epoch, self.trainer))
         scheduler = LambdaLR(optimizer, self.rate)
         return {
             "optimizer": optimizer,

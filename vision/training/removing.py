@@ -41,12 +41,12 @@ def removal_of(net: nn.Module, args: Any) -> NormRemoval | None:
         raise UserError(f"--model.remove_norms {args.remove_norms}: {error}") from error
 
 
-def check_length(removal: NormRemoval, trainer: Any) -> None:
-    """Raise ``UserError`` where the run ends before the last norm is gone."""
-    steps, length = removal.schedule.steps, trainer.estimated_stepping_batches
-    if length < steps:
+def check_length(removal: NormRemoval, length: int | None) -> None:
+    """Raise ``UserError`` where a run of ``length`` steps ends before the last norm is gone."""
+    steps = removal.schedule.steps
+    if length is not None and length < steps:
         raise UserError(
-            f"the run of {int(length)} steps ends before the last norm is gone: give "
+            f"the run of {length} steps ends before the last norm is gone: give "
             f"--model.removal_steps {int(0.8 * length)}, or more epochs than {steps} steps take"
         )
 

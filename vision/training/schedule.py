@@ -35,11 +35,16 @@ def length_of(args: Any, per_epoch: int, trainer: Any) -> int | None:
     """
     if args.schedule != "cosine":
         return None
-    epochs, steps = trainer.max_epochs or -1, trainer.max_steps
-    limits = [limit for limit in (epochs * per_epoch, steps) if limit > 0]
-    if not limits:
+    length = run_length(per_epoch, trainer)
+    if length is None:
         raise UserError("--model.schedule cosine needs an end: set --trainer.max_epochs")
-    return min(limits)
+    return length
+
+
+def run_length(per_epoch: int, trainer: Any) -> int | None:
+    """The steps of a run; ``None`` where it has no end."""
+    epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+    return min((limit for limit in (epochs * per_epoch, steps) if limit > 0), default=None)
 
 
 def steps_per_epoch(trainer: Any, data: Any) -> int:

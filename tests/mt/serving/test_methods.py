@@ -93,7 +93,8 @@ def test_a_method_is_exported_with_equal_translations_or_refused(
             build(on=SIDES, fixup_method=name)
         return
     torch.manual_seed(0)
-    model = trained(build(on=SIDES, fixup_method=name))
+    # Larger ones add up to logits of thousands where a method multiplies branches by c / L > 1.
+    model = trained(build(on=SIDES, fixup_method=name), size=0.03)
     if form == "ctranslate2" and method.norm in POINTWISE:
         with pytest.raises(UserError, match=f"{name} has .* has not: give --format onnx"):
             _export(model, place, form)
