@@ -7,7 +7,7 @@ has no such neighbour stays: a norm on the residual stream itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,11 +128,12 @@ class _Graph:
         found = self._seeing(end)
         if end is None or not found or len(fixed.kind.dims) > 1:
             return []
-        layers = [self._neighbour(use, _kinds(fixed)) for use in found]
+        shape = shape_of(end) or ()
+        layers = [self._neighbour(use, _kinds(fixed, shape)) for use in found]
         weights = {use.weight for use in found}
         # All uses of a weight must be of this map.
         alone = all(use in found for weight in weights for use in self.uses[weight])
-        channels = (shape_of(end) or ())[fixed.kind.dims[0]]
+        channels = shape[fixed.kind.dims[0]]
         known = [layer for layer in layers if layer is not None and layer.sees(channels)]
         if not alone or len(known) < len(layers):
             return []
@@ -159,7 +160,7 @@ class _Graph:
         shape = shape_of(start) or ()
         if not added <= {use.bias} or len(fixed.kind.dims) > 1:
             return None
-        layer = self._neighbour(use, _kinds(fixed))
+        layer = self._neighbour(use, _kinds(fixed, shape))
         if layer is None or shape[fixed.kind.dims[0]] != layer.outputs:
             return None
         # A mean over channels needs every channel to be made of the same inputs.
@@ -255,9 +256,9 @@ def _write_(layer: Neighbour, weight: Tensor, bias: Tensor | None, added: Tensor
         layer.module._parameters[layer.bias] = nn.Parameter(total, requires_grad=own.requires_grad)
 
 
-def _kinds(fixed: FixedAffine) -> tuple[type, ...]:
-    """The layers whose features lie where the map's do."""
-    return (nn.Linear,) if fixed.kind.dims == (-1,) else CONVOLUTIONS
+def _kinds(fixed: FixedAffine, shape: Sequence[int]) -> tuple[type, ...]:
+    """The layers whose features lie where the map's do, in a signal of this shape."""
+    return (nn.Linear,) if fixed.kind.dims[0] in (-1, len(shape) - 1) else CONVOLUTIONS
 
 
 def _double(tensor: Tensor) -> Tensor:
