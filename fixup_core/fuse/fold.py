@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fixup_core.errors import UserError
 from fixup_core.fuse import ops
-from fixup_core.fuse.constants import Unnormalised
+from fixup_core.fuse.constants import Affine, Unnormalised
 from fixup_core.fuse.converted import fold_converted, is_converted
 from fixup_core.fuse.ops import ActivationScalars
 from fixup_core.removal.leaving import FixedAffine, LeavingNorm
@@ -84,7 +84,7 @@ def fold(net: nn.Module) -> nn.Module:
 
 def _is_without_norms(net: nn.Module) -> bool:
     """Whether ``NormRemoval`` has finished on it."""
-    return any(isinstance(module, (FixedAffine, Unnormalised)) for module in net.modules())
+    return any(isinstance(module, (FixedAffine, Affine, Unnormalised)) for module in net.modules())
 
 
 def floor_of(scalars: ActivationScalars) -> nn.Module:

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from fixup_core.convert.operations import VIEWS
 from fixup_core.convert.tracing import Trace, Use, holder_of, operation, shape_of, stack
-from fixup_core.fuse.constants import Unnormalised
+from fixup_core.fuse.constants import Affine, Unnormalised
 from fixup_core.fuse.layers import computes_as, is_transposed_linear
 from fixup_core.probing import Inputs
 from fixup_core.removal.leaving import FixedAffine
@@ -73,7 +73,7 @@ def fold_maps_(net: nn.Module, inputs: Inputs) -> list[str]:
         inputs: A batch of it.
 
     Returns:
-        The paths of those that are gone; the identity stands there.
+        The paths of those that are gone; the identity stands there, or an activation.
     """
     paths = {path: m for path, m in net.named_modules() if isinstance(m, FixedAffine)}
     if not paths:
@@ -81,15 +81,18 @@ def fold_maps_(net: nn.Module, inputs: Inputs) -> list[str]:
     graph = _Graph(net, Trace(net, inputs))
     folded = []
     for path, fixed in paths.items():
-        if any(fixed.children()) or path in graph.repeated:
+        if path in graph.repeated:
             continue
-        behind, before = graph.behind(path, fixed), graph.before(path, fixed)
+        # An activation that was part of the norm stands between the map and what is behind.
+        then = {n: m for n, m in fixed.named_children() if type(m) is not nn.Identity}
+        behind = [] if then else graph.behind(path, fixed)
+        before = graph.before(path, fixed)
         for neighbour in behind:
             _take_in_behind_(neighbour, fixed)
         if not behind and before is not None:
             _take_in_before_(before, fixed)
         if behind or before is not None:
-            net.set_submodule(path, Unnormalised())
+            net.set_submodule(path, Affine(None, None, then) if then else Unnormalised())
             folded.append(path)
     return folded
 
