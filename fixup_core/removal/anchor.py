@@ -83,9 +83,9 @@ class Anchor:
         self._handle.remove()
 
     def _look(self, module: nn.Module, args: Any, options: Any) -> None:
-        given = next((x for x in (*args, *options.values()) if isinstance(x, Tensor)), None)
-        if given is None or not module.training or not torch.is_grad_enabled():
+        if not module.training or not torch.is_grad_enabled():
             return
+        given = args[0] if args else next(iter(options.values()))
         self._size = given.float().square().mean().sqrt()
         if self.calibrating:
             seen = self._size.item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def _map(kind: NormKind = TOKEN, *, one: bool = False, **options: Any) -> FixedA
 
 
 def _linears(*sizes: int) -> list[nn.Linear]:
-    return [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    return [nn.Linear(a, b) for a, b in pairwise(sizes)]
 
 
 class Given(nn.Module):
