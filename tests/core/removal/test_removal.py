@@ -68,8 +68,11 @@ NETS: dict[str, Callable[[], Made]] = {
     "BatchNormAct2d": lambda: (timm_net("resnetv2_18", norm_layer=_act_norm)(), LARGE),
 }
 SCALARS = [
-    *("encoder, norm first", "model", "GPT-2"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("encoder", "Llama", "resnet18")),
+    *("encoder, norm first", "model"),
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("encoder", "Llama", "GPT-2", "resnet18")
+    ),
 ]
 LEFT = {
     "LayerNorm, dims": 1,

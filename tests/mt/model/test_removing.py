@@ -124,7 +124,7 @@ def test_a_model_without_norms_is_folded(method: str) -> None:
     bias = weights.pop("decoder.output_projection.bias")
     missing, unexpected = plain.load_state_dict(weights, strict=False)
     assert not unexpected and all("version" in n or "_float_tensor" in n for n in missing)
-    sentences = batch(sentences=1)
+    sentences = {name: part[:1] for name, part in batch().items()}
     with torch.no_grad():
         expected, found = (net(**sentences)[0] for net in (ours, plain))
     torch.testing.assert_close(found + bias, expected, rtol=1e-4, atol=1e-4)
