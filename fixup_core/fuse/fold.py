@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from fixup_core.errors import UserError
 from fixup_core.fuse import ops
+from fixup_core.fuse.constants import Affine, Unnormalised
 from fixup_core.fuse.converted import fold_converted, is_converted
 from fixup_core.fuse.ops import ActivationScalars
+from fixup_core.removal.leaving import FixedAffine, LeavingNorm
 
 
 class Floor(nn.Module):
@@ -52,20 +54,23 @@ def fold(net: nn.Module) -> nn.Module:
     """A plain network with the outputs of ``net`` in evaluation, up to rounding.
 
     Args:
-        net: One that ``fixup_`` has converted, or that has a ``folded()`` method: those of
-            ``vision.nets``, and any that builds one of ``folded_convolution`` and ``Floor``. It is
-            left as it is.
+        net: One that ``fixup_`` has converted, whose norms ``NormRemoval`` has taken out, or that
+            has a ``folded()`` method: those of ``vision.nets``, and any that builds one of
+            ``folded_convolution`` and ``Floor``. It is left as it is.
 
     Returns:
         A network of its own weights, in evaluation mode; none of them wants a gradient. What no
         weight of a converted network can hold stays as constants, which ``print`` shows:
-        ``Affine``, ``WithConstants`` and a convolution's ``fill`` (``fuse.constants``).
+        ``Affine``, ``WithConstants`` and a convolution's ``fill`` (``fuse.constants``), and
+        ``FixedAffine`` where a norm was.
 
     Raises:
-        UserError: The network is neither, or has something in it that cannot be folded.
+        UserError: The network is none of these, or has something in it that cannot be folded.
     """
     make: Any = getattr(net, "folded", None)
-    if is_converted(net):
+    if any(isinstance(module, LeavingNorm) for module in net.modules()):
+        raise UserError("the network's norms are still on their way out: removal.finish() first")
+    if is_converted(net) or _is_without_norms(net):
         make = partial(fold_converted, net)
     if make is None:
         raise UserError(
@@ -75,6 +80,11 @@ def fold(net: nn.Module) -> nn.Module:
     with torch.no_grad():
         plain: nn.Module = make()
     return plain.eval().requires_grad_(False)
+
+
+def _is_without_norms(net: nn.Module) -> bool:
+    """Whether ``NormRemoval`` has finished on it."""
+    return any(isinstance(module, (FixedAffine, Affine, Unnormalised)) for module in net.modules())
 
 
 def floor_of(scalars: ActivationScalars) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fixup_core.errors import UserError
@@ -39,7 +40,7 @@ class Anchor:
     def __init__(self, net: nn.Module, head: str | None, weight: float) -> None:
         self.weight, self.calibrating, self.target = weight, True, 0.0
         self._size: Tensor | None = None
-        self._handle = _head(net, head).register_forward_pre_hook(self._look)
+        self._handle = _head(net, head).register_forward_pre_hook(self._look, with_kwargs=True)
 
     def __getstate__(self) -> dict[str, Any]:
         # The hook goes into copies of the network, the last call's graph does not.
@@ -57,6 +58,18 @@ class Anchor:
             return self._size * 0
         return self.weight * (self._size / self.target - 1).square()
 
+    def hold_(self, device: torch.device) -> None:
+        """Stay at the target from now on: in all processes at the mean of theirs.
+
+        Args:
+            device: On which processes can speak to each other.
+        """
+        self.calibrating = False
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            target = torch.tensor(self.target, device=device, dtype=torch.float32)
+            dist.all_reduce(target)
+            self.target = target.item() / dist.get_world_size()
+
     def state(self) -> dict[str, Any]:
         """To go on with."""
         return {"target": self.target, "calibrating": self.calibrating}
@@ -69,10 +82,11 @@ class Anchor:
         """Look no longer."""
         self._handle.remove()
 
-    def _look(self, module: nn.Module, args: Any) -> None:
+    def _look(self, module: nn.Module, args: Any, options: Any) -> None:
         if not module.training or not torch.is_grad_enabled():
             return
-        self._size = args[0].float().square().mean().sqrt()
+        given = args[0] if args else next(iter(options.values()))
+        self._size = given.float().square().mean().sqrt()
         if self.calibrating:
             seen = self._size.item()
             first = not self.target

@@ -7,7 +7,7 @@ has no such neighbour stays: a norm on the residual stream itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from fixup_core.convert.operations import VIEWS
 from fixup_core.convert.tracing import Trace, Use, holder_of, operation, shape_of, stack
-from fixup_core.fuse.constants import Unnormalised
+from fixup_core.fuse.constants import Affine, Unnormalised
 from fixup_core.fuse.layers import computes_as, is_transposed_linear
 from fixup_core.probing import Inputs
 from fixup_core.removal.leaving import FixedAffine
@@ -73,7 +73,7 @@ def fold_maps_(net: nn.Module, inputs: Inputs) -> list[str]:
         inputs: A batch of it.
 
     Returns:
-        The paths of those that are gone; the identity stands there.
+        The paths of those that are gone; the identity stands there, or an activation.
     """
     paths = {path: m for path, m in net.named_modules() if isinstance(m, FixedAffine)}
     if not paths:
@@ -81,15 +81,18 @@ def fold_maps_(net: nn.Module, inputs: Inputs) -> list[str]:
     graph = _Graph(net, Trace(net, inputs))
     folded = []
     for path, fixed in paths.items():
-        if any(fixed.children()) or path in graph.repeated:
+        if path in graph.repeated:
             continue
-        behind, before = graph.behind(path, fixed), graph.before(path, fixed)
+        # An activation that was part of the norm stands between the map and what is behind.
+        then = {n: m for n, m in fixed.named_children() if type(m) is not nn.Identity}
+        behind = [] if then else graph.behind(path, fixed)
+        before = graph.before(path, fixed)
         for neighbour in behind:
             _take_in_behind_(neighbour, fixed)
         if not behind and before is not None:
             _take_in_before_(before, fixed)
         if behind or before is not None:
-            net.set_submodule(path, Unnormalised())
+            net.set_submodule(path, Affine(None, None, then) if then else Unnormalised())
             folded.append(path)
     return folded
 
@@ -128,11 +131,12 @@ class _Graph:
         found = self._seeing(end)
         if end is None or not found or len(fixed.kind.dims) > 1:
             return []
-        layers = [self._neighbour(use, _kinds(fixed)) for use in found]
+        shape = shape_of(end) or ()
+        layers = [self._neighbour(use, _kinds(fixed, shape)) for use in found]
         weights = {use.weight for use in found}
         # All uses of a weight must be of this map.
         alone = all(use in found for weight in weights for use in self.uses[weight])
-        channels = (shape_of(end) or ())[fixed.kind.dims[0]]
+        channels = shape[fixed.kind.dims[0]]
         known = [layer for layer in layers if layer is not None and layer.sees(channels)]
         if not alone or len(known) < len(layers):
             return []
@@ -159,7 +163,7 @@ class _Graph:
         shape = shape_of(start) or ()
         if not added <= {use.bias} or len(fixed.kind.dims) > 1:
             return None
-        layer = self._neighbour(use, _kinds(fixed))
+        layer = self._neighbour(use, _kinds(fixed, shape))
         if layer is None or shape[fixed.kind.dims[0]] != layer.outputs:
             return None
         # A mean over channels needs every channel to be made of the same inputs.
@@ -255,9 +259,9 @@ def _write_(layer: Neighbour, weight: Tensor, bias: Tensor | None, added: Tensor
         layer.module._parameters[layer.bias] = nn.Parameter(total, requires_grad=own.requires_grad)
 
 
-def _kinds(fixed: FixedAffine) -> tuple[type, ...]:
-    """The layers whose features lie where the map's do."""
-    return (nn.Linear,) if fixed.kind.dims == (-1,) else CONVOLUTIONS
+def _kinds(fixed: FixedAffine, shape: Sequence[int]) -> tuple[type, ...]:
+    """The layers whose features lie where the map's do, in a signal of this shape."""
+    return (nn.Linear,) if fixed.kind.dims[0] in (-1, len(shape) - 1) else CONVOLUTIONS
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ class NormKind:
         centred: Whether a mean is subtracted.
         groups: Of a channel norm: how many parts the channels fall into, each with a statistic of
             its own; 0 for a token norm.
+        channels: Of a channel norm.
+        over_batch: A channel norm takes its statistics over the whole batch, and keeps none.
         offset: Added to the gain, 1 where a layer keeps the gain minus 1 (Gemma).
         eps: The number that keeps a division from 0.
         batch: The statistics are those of a batch, of which the layer keeps a running mean.
@@ -42,6 +44,8 @@ class NormKind:
     dims: tuple[int, ...]
     centred: bool = True
     groups: int = 0
+    channels: int = 0
+    over_batch: bool = False
     offset: float = 0.0
     eps: float = 1e-5
     batch: bool = False
@@ -57,14 +61,16 @@ class NormKind:
 
     def mean_and_size(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of every token, or of every group of channels of every sample [B, groups]; float32."""
-        x = x.float()
+        x, dims = x.float(), self.dims
         if self.groups:
-            x = x.reshape(x.size(0), self.groups, -1)
-            mean, square = x.mean(2), x.square().mean(2)
+            x = x.transpose(0, 1).unsqueeze(0) if self.over_batch else x
+            x, dims = x.reshape(x.size(0), self.groups, -1), (2,)
+        if self.centred:
+            # A mean of squares less the mean's square would lose it beside a large mean.
+            square, mean = torch.var_mean(x, dims, correction=0)
         else:
-            mean, square = x.mean(self.dims), x.square().mean(self.dims)
-        variance = square - mean.square() if self.centred else square
-        return mean, (variance.clamp(min=0) + self.eps).sqrt()
+            square, mean = x.square().mean(dims), x.mean(dims)
+        return mean, (square + self.eps).sqrt()
 
     def applied(self, x: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
         """What a token norm of this kind makes of ``x``."""
@@ -113,7 +119,8 @@ def _kind_by_type(norm: Any) -> NormKind | None:
         groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else channels
         # An InstanceNorm too may keep running statistics, and has them in evaluation.
         kept = getattr(norm, "running_mean", None) is not None
-        return NormKind((1,), True, groups, eps=norm.eps, batch=kept)
+        over_batch = isinstance(norm, BATCH_NORMS) and not kept
+        return NormKind((1,), True, groups, channels, over_batch, eps=norm.eps, batch=kept)
     if type(norm).forward is nn.LayerNorm.forward:
         return NormKind(_last(norm), eps=norm.eps)
     if type(norm).forward is nn.RMSNorm.forward:

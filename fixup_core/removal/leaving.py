@@ -15,7 +15,7 @@ from fixup_core.rules.scalars import KeepsFloat32
 
 MOMENTUM = 0.9
 """Of the running statistics."""
-WHOLE = (1.0, 1.0)
+WHOLE, GONE = (1.0, 1.0), (0.0, 0.0)
 
 
 class Statistics(KeepsFloat32):
@@ -133,6 +133,8 @@ class LeavingNorm(nn.Module):
         if tensors:
             self.statistics.to(tensors[0].device)
         self.gates = WHOLE
+        self._shares: tuple[float | None, ...] = WHOLE
+        self._split = False
         self.sides: tuple[Tensor, Tensor] | None = None
         self.train(norm.training)
 
@@ -155,15 +157,16 @@ class LeavingNorm(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         self.sides = None
-        if self.gates == WHOLE:
+        if self._shares == WHOLE:
             if self.training and not self.kind.batch:
                 with torch.no_grad():
                     self.statistics.add_(*self.kind.mean_and_size(x))
             return self.norm(x, *args, **options)
-        normed = self.norm(x, *args, **options) if any(self.gates) else None
-        fixed = self._fixed(x) if min(self.gates) < 1 else None
-        first, second = (_mixed(gate, normed, fixed) for gate in self.gates)
-        if self.gates[0] != self.gates[1]:
+        normed = self.norm(x, *args, **options) if self._shares != GONE else None
+        fixed = self._fixed(x)
+        shares = zip(self._shares, self.statistics.gates.clone(), strict=True)
+        first, second = (_mixed(share, gate, normed, fixed) for share, gate in shares)
+        if self._split:
             self.sides = (first, second)
         return first
 
@@ -171,7 +174,7 @@ class LeavingNorm(nn.Module):
         """The shares of the norm that are left, in 0..1; the statistics freeze below 1."""
         if self.gates == WHOLE and (first, second) != WHOLE:
             self.freeze_()
-        self._write_gates((first, second))
+        self.write_gates_((first, second))
 
     def freeze_(self) -> None:
         """Take a BatchNorm's running statistics; let all processes have the same ones."""
@@ -193,9 +196,10 @@ class LeavingNorm(nn.Module):
         # Their own parameters, not those of a layer that the norm wraps.
         parts = (getattr(self.norm, name, None) for name in ("weight", "bias"))
         gain, bias = (None if part is None else part.float() for part in parts)
-        size, centre = own.size, own.centre
-        if kind.groups and gain is not None:
-            size, centre = (_repeated(part, gain.numel()) for part in (size, centre))
+        # Copies: what a backward pass keeps may change before it, where processes share buffers.
+        size, centre = own.size.clone(), own.centre.clone()
+        if kind.groups:
+            size, centre = (_repeated(part, kind.channels) for part in (size, centre))
         scale = 1 / size if gain is None else (gain + kind.offset) / size
         if kind.centred and not self.centring:
             moved = -centre * scale
@@ -212,13 +216,13 @@ class LeavingNorm(nn.Module):
         if self.kind.of_tokens and weight.numel() == 1:
             weight = weight.reshape(1)
         plain = FixedAffine(self.kind, weight.clone(), bias, self.centring, self._then())
+        learnt = [part.requires_grad for part in self.norm.parameters()]
+        if learnt and not any(learnt):
+            plain.requires_grad_(False)
         return plain.train(self.training)
 
     def _fixed(self, x: Tensor) -> Tensor:
         scale, shift = self.constants()
-        if self.kind.groups and scale.numel() == self.kind.groups:
-            scale = _repeated(scale, x.size(1))
-            shift = None if shift is None else _repeated(shift, x.size(1))
         x = _affine(self.kind, x, scale, shift, self.centring)
         for step in self._then().values():
             x = step(x)
@@ -228,8 +232,13 @@ class LeavingNorm(nn.Module):
         parts = dict(self.norm.named_children())
         return {name: parts[name] for name in STAYING if name in parts}
 
-    def _write_gates(self, gates: tuple[float, float]) -> None:
+    def write_gates_(self, gates: tuple[float, float]) -> None:
+        """Have these shares of the norm, whatever they were; its statistics are left alone."""
         self.gates = gates
+        # What ``forward`` asks for changes seldom, or a compiled network would be compiled anew at
+        # every step; the buffer says how much is left.
+        self._shares = tuple(gate if gate in (0, 1) else None for gate in gates)
+        self._split = gates[0] != gates[1]
         self.statistics.gates.copy_(torch.tensor(gates))
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -238,7 +247,7 @@ class LeavingNorm(nn.Module):
         gates = state.get(f"{prefix}statistics.gates")
         if gates is not None:
             first, second = gates.tolist()
-            self._write_gates((first, second))
+            self.write_gates_((first, second))
 
 
 def _affine(
@@ -252,11 +261,10 @@ def _affine(
     return made.to(given.dtype)
 
 
-def _mixed(gate: float, normed: Tensor | None, fixed: Tensor | None) -> Tensor:
-    if fixed is None or gate == 1:
-        assert normed is not None
-        return normed
-    return fixed if gate == 0 or normed is None else torch.lerp(fixed, normed.to(fixed), gate)
+def _mixed(share: float | None, gate: Tensor, normed: Tensor | None, fixed: Tensor) -> Tensor:
+    if normed is None or share == 0:
+        return fixed
+    return normed if share == 1 else torch.lerp(fixed, normed.to(fixed), gate.to(fixed))
 
 
 def _repeated(part: Tensor, channels: int) -> Tensor:

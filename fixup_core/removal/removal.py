@@ -10,9 +10,10 @@ Sources: one norm at a time, as norms were taken out of GPT-2 (Heimersheim 2024;
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +23,13 @@ from torch.nn import functional as F
 
 from fixup_core.convert.apply import attach_scalars_
 from fixup_core.convert.convert import WRAPPERS
-from fixup_core.convert.norms import all_norm_paths, norm_paths
 from fixup_core.convert.traced_plan import traced_plan
-from fixup_core.convert.tracing import Trace
 from fixup_core.convert.undo import undone_if_it_fails
 from fixup_core.errors import UserError
 from fixup_core.probing import Inputs, in_evaluation_mode, outputs_of
 from fixup_core.removal.anchor import ANCHOR, Anchor
 from fixup_core.removal.folding import fold_maps_, maps_left
+from fixup_core.removal.found import check_called, in_call_order, norms_to_go
 from fixup_core.removal.kinds import kind_of
 from fixup_core.removal.leaving import WHOLE, LeavingNorm
 from fixup_core.removal.schedule import Schedule, in_order, make_schedule
@@ -139,11 +139,12 @@ class NormRemoval:
         _check(net, example_inputs, anchor, distil, scalars)
         self.net, self.inputs = net, example_inputs
         self.steps_done, self.distil = 0, distil
-        norms = _norms(net, example_inputs, (*NORMS, *norm_types), keep)
+        norms = norms_to_go(net, example_inputs, (*NORMS, *norm_types), keep)
         seen = Seen(values=dict(values or {}))
         if example_inputs is not None:
             seen = look_at(net, example_inputs, norms)
-        order = _order(norms, seen)
+            check_called(norms, seen)
+        order = in_call_order(norms, seen)
         self.schedule: Schedule = make_schedule(
             schedule, in_order(order, list(seen.values.values())), steps
         )
@@ -216,7 +217,8 @@ class NormRemoval:
         if unseen:
             raise UserError(
                 f"{unseen[0]} cannot go: no batch has gone through it in training mode, so its "
-                "size is not known; train a step before removal.step()"
+                f"size is not known; train a step before removal.step(), or keep=[{unseen[0]!r}] "
+                "where the network never calls it"
             )
         before = set(self.left)
         for path, norm in self.norms.items():
@@ -226,8 +228,9 @@ class NormRemoval:
             if lower != was:
                 norm.set_gates_(*lower)
         self.steps_done = step
-        if self.anchor is not None:
-            self.anchor.calibrating = all(norm.gates == WHOLE for norm in self.norms.values())
+        whole = all(norm.gates == WHOLE for norm in self.norms.values())
+        if self.anchor is not None and self.anchor.calibrating and not whole:
+            self.anchor.hold_(next(self.net.parameters()).device)
         for path in sorted(before - set(self.left), key=list(self.norms).index):
             logger.info("step %d: %s", step, self.state_of(path))
 
@@ -303,10 +306,10 @@ class NormRemoval:
                 f"{len(left)} of {len(self.norms)} norms are not gone yet, {more} steps are left: "
                 "go on, or finish(force=True)"
             )
-        if left:
-            self.at(self.schedule.steps)
         net = self.net
-        with undone_if_it_fails(net, ()):
+        with self._gates_put_back_if_it_fails(), undone_if_it_fails(net, ()):
+            if left:
+                self.at(self.schedule.steps)
             plain = {path: norm.plain() for path, norm in self.norms.items()}
             net = _replace_(net, self.norms, plain)
             folded = self._fold(net) if fold and self.inputs is not None else []
@@ -314,12 +317,24 @@ class NormRemoval:
             handle.remove()
         if self.anchor is not None:
             self.anchor.remove()
+            self.anchor = None
         kept = list(maps_left(net))
         logger.info("%d norms are gone, %d of them into layers", len(plain), len(folded))
         if kept:
             logger.info("affine maps that no layer can take in: %s", ", ".join(kept))
         self.net = net
         return net
+
+    @contextlib.contextmanager
+    def _gates_put_back_if_it_fails(self) -> Iterator[None]:
+        gates, steps = {norm: norm.gates for norm in self.norms.values()}, self.steps_done
+        try:
+            yield
+        except BaseException:
+            for norm, before in gates.items():
+                norm.write_gates_(before)
+            self.steps_done = steps
+            raise
 
     def _fold(self, net: nn.Module) -> list[str]:
         assert self.inputs is not None
@@ -328,7 +343,9 @@ class NormRemoval:
         after = _outputs(net, self.inputs)
         largest = max(tensor.abs().max().item() for tensor in before)
         off = max((a - b).abs().max().item() for a, b in zip(after, before, strict=True))
-        if not off <= TOLERANCE * largest:
+        # Weights that take a map in are rounded anew.
+        rounding = max(16 * torch.finfo(tensor.dtype).eps for tensor in before)
+        if not off <= max(TOLERANCE, rounding) * largest:
             raise UserError(
                 f"folding would change the outputs by {off:.2g}, of {largest:.2g} at the largest: "
                 "finish(fold=False) leaves the affine maps"
@@ -372,36 +389,6 @@ def _check(
             raise UserError(f"{name} is {weight}: it cannot be negative")
     if scalars and inputs is None:
         raise UserError("scalars=True needs a batch, example_inputs=, to find the branches")
-
-
-def _norms(
-    net: nn.Module,
-    inputs: Inputs | None,
-    norm_types: tuple[type[nn.Module], ...],
-    keep: Sequence[str],
-) -> dict[str, nn.Module]:
-    """The norms by path, those of other libraries too where there is a batch to find them by."""
-    if inputs is None:
-        paths = norm_paths(net, norm_types)
-    else:
-        trace = Trace(net, inputs)
-        paths = all_norm_paths(net, trace, norm_types)
-    unknown = [path for path in keep if path not in paths]
-    if unknown:
-        raise UserError(f"keep names {unknown[0]!r}, which is no norm of the network")
-    norms = {path: net.get_submodule(path) for path in paths if path not in keep}
-    if not norms:
-        raise UserError(
-            f"{type(net).__name__} has no norms to take out"
-            + ("" if inputs is not None else "; other libraries' are found with example_inputs=")
-        )
-    return norms
-
-
-def _order(norms: Mapping[str, nn.Module], seen: Seen) -> list[str]:
-    """As they are called; one that the call has not met comes where its module stands."""
-    called = [path for path in seen.order if path in norms]
-    return [*called, *(path for path in norms if path not in called)]
 
 
 def _replace_(

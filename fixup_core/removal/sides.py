@@ -34,7 +34,6 @@ class Seen:
         order: Paths of the norms, as they are called.
         made: By path, the input of a norm, and what it made of that.
         values: By path of a layer that makes values, the path of the norm that feeds it.
-        calls: How often each was called.
     """
 
     order: list[str] = field(default_factory=list)
@@ -52,12 +51,20 @@ def look_at(net: nn.Module, inputs: Inputs, norms: Mapping[str, nn.Module]) -> S
     """
     seen = Seen()
     made_by: dict[int, str] = {}
+    entering: dict[str, Tensor] = {}
+    alive: list[Tensor] = []  # or another tensor could get the same id
 
     def remember(path: str, module: nn.Module, args: Any, output: Any) -> None:
-        if path not in seen.made and args and isinstance(output, Tensor):
+        if path in entering and isinstance(output, Tensor):
             seen.order.append(path)
-            seen.made[path] = (args[0], output)
+            # An activation may write over it.
+            seen.made[path] = (entering.pop(path), output.clone())
             made_by[id(output)] = path
+            alive.append(output)
+
+    def keep(path: str, module: nn.Module, args: Any) -> None:
+        if path not in seen.made and args and isinstance(args[0], Tensor):
+            entering[path] = args[0].clone()
 
     def ask(path: str, module: nn.Module, args: Any, options: Any) -> None:
         given = value_argument(module, args, options)
@@ -65,7 +72,8 @@ def look_at(net: nn.Module, inputs: Inputs, norms: Mapping[str, nn.Module]) -> S
         if norm is not None and makes_values(path, module):
             seen.values[path] = norm
 
-    handles = [m.register_forward_hook(partial(remember, path)) for path, m in norms.items()]
+    handles = [m.register_forward_pre_hook(partial(keep, path)) for path, m in norms.items()]
+    handles += [m.register_forward_hook(partial(remember, path)) for path, m in norms.items()]
     handles += [
         module.register_forward_pre_hook(partial(ask, path), with_kwargs=True)
         for path, module in net.named_modules()

@@ -100,6 +100,12 @@ def test_a_run_goes_on_with_the_options_it_was_begun_with(name: str, was: Any, n
         file, state, SimpleNamespace(**{"fixup_method": "fixup"} | vars(saved))
     )
     asked = SimpleNamespace(**{"fixup_method": "fixup"} | vars(own) | {key: now})
+    whole = {"cfg": {"model": vars(saved)}}  # as fairseq writes it for --arch transformer_fixup
+    checkpoints._check_method(
+        file, whole, SimpleNamespace(**{"fixup_method": "fixup"} | vars(saved))
+    )
+    with pytest.raises(UserError, match="was trained with"):
+        checkpoints._check_method(file, whole, asked)
     flag = f"--fixup-{name.replace('_', '-')}"
     with pytest.raises(UserError, match=f"was trained with {flag} {was}, not {now}: give what"):
         checkpoints._check_method(file, state, asked)
