@@ -220,8 +220,6 @@ def _check_method(file: Path, state: dict[str, Any], model: Any) -> None:
     saved = (state.get("cfg") or {}).get("model")
     if saved is None or not hasattr(model, f"{PREFIX}method"):
         return
-    if isinstance(saved, dict):  # where --arch names a model, and no preset of it
-        saved = SimpleNamespace(**saved)
     there, here = FixupOptions.of(saved), FixupOptions.of(model)
     for name in BUILT_BY:
         was, now = getattr(there, name), getattr(here, name)
