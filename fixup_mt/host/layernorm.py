@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +144,13 @@ def take_over_(options: Namespace, saved: Namespace, line: Sequence[str], file: 
     Raises:
         UserError: They differ, or the model has parts that none of ours has.
     """
-    name = str(getattr(saved, "arch", None) or getattr(saved, "_name", "")).split("_")
-    base = "_".join(name[:2]) if name[1:2] == ["lm"] else name[0]
-    if not str(options.arch).startswith(ARCHITECTURES.get(base, "no architecture")):
+    name = str(getattr(saved, "arch", None) or getattr(saved, "_name", ""))
+    base = _family(name, ARCHITECTURES)
+    if _family(str(options.arch), ARCHITECTURES.values()) != ARCHITECTURES.get(base):
         raise UserError(
-            f"--fixup-from-layernorm: {file} is a model of --arch {'_'.join(name)}, which cannot "
-            f"become one of --arch {options.arch}: fairseq's {' and '.join(ARCHITECTURES)} can"
+            f"--fixup-from-layernorm: {file} is a model of --arch {name}, which cannot become one "
+            f"of --arch {options.arch}: fairseq's {' and '.join(ARCHITECTURES)} can become "
+            f"{' and '.join(ARCHITECTURES.values())}"
         )
     parts = [part for part in REFUSED if getattr(saved, part, None)]
     sides = {getattr(saved, f"{s}_normalize_before", None) for s in ("encoder", "decoder")} - {None}
@@ -178,6 +179,12 @@ def check_removal(options: Any) -> None:
             f"--max-update {length} ends the run before the last norm is gone: give "
             f"--fixup-removal-updates {int(0.8 * length)}, or more updates than {removal}"
         )
+
+
+def _family(arch: str, families: Iterable[str]) -> str:
+    """The longest of the names that an architecture begins with; empty where none does."""
+    found = (name for name in families if f"{arch}_".startswith(f"{name}_"))
+    return max(found, key=len, default="")
 
 
 def _flag(name: str) -> str:

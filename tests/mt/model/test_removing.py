@@ -177,6 +177,8 @@ TINY = (
 )
 
 
+LONGEST = 12
+"""Pieces of a translation: so small a model hardly finds an end."""
 SCHEDULES = {"prenorm": "one_by_one", "postnorm": "taper"}
 
 
@@ -219,6 +221,7 @@ def without(layernorm: Path, data_bin: Path, tmp_path_factory: pytest.TempPathFa
 def _generate(data_bin: Path, checkpoint: Path) -> list[str]:
     """The translations of the test sentences, in their order."""
     flags = ("--user-dir", "fixup_mt", "--path", checkpoint, "--cpu", "--beam", 1)
+    flags += ("--max-len-a", 0, "--max-len-b", LONGEST)
     done = fairseq("generate", data_bin, *flags, "--gen-subset", "test")
     lines = re.findall(r"^H-(\d+)\t\S+\t(.*)$", done.stdout, re.MULTILINE)
     return [text for _, text in sorted(lines, key=lambda line: int(line[0]))]
@@ -232,6 +235,7 @@ def test_translations_of_an_engine_are_the_models(
     export = ["--checkpoint", checkpoint, "--data-bin", data_bin, "--output", engine]
     assert main(["export", *map(str, export)]) == 0
     files = ("--input", corpus / "test.de", "--output", tmp_path / "out", "--beam", 1)
+    files += ("--max-length", LONGEST)
     assert main(["translate", "--model", str(engine), *map(str, files)]) == 0
     expected = _generate(data_bin, checkpoint)
     assert len(expected) == 41 and len(set(expected)) > 5
