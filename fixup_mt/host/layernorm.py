@@ -69,6 +69,8 @@ def start_from_layernorm(original: Any) -> Any:
             file = FixupOptions.of(trainer.cfg.model).from_layernorm
             if file:
                 load_layernorm_(trainer.model, saved_model(file)[0], file)
+                # In half precision the optimiser has copied the weights that were there before.
+                trainer.reinitialize()
         return loaded
 
     return load_checkpoint
@@ -84,7 +86,7 @@ def hold_the_logits(original: Any) -> Any:
     def train_step(
         self: Any, sample: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        removal = getattr(getattr(model, "module", model), "removal", None)
+        removal = getattr(model, "removal", None)  # through what wraps it on several processes, too
         if removal is None:
             return original(self, sample, model, criterion, *args, **kwargs)
 

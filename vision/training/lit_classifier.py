@@ -173,8 +173,6 @@ class LitClassifier(L.LightningModule):
                 self._initialise_on_data()
             if self.args.weights:
                 self._start_from(Path(self.args.weights))
-        if stage == "fit" and self.removal is not None:
-            check_length(self.removal, self.trainer)
 
     def _start_from(self, file: Path) -> None:
         """Take the weights of a file; where norms go, they go from what it holds."""
@@ -234,6 +232,13 @@ class LitClassifier(L.LightningModule):
         self.train_metrics["accuracy"].update(logits.detach(), target)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
+
+    def on_train_start(self) -> None:
+        """Callbacks have saved a step before its norms went."""
+        if self.removal is not None:
+            # Not before: it makes the loader, which must know where a run goes on.
+            check_length(self.removal, self.trainer)
+            self.removal.at(self.global_step)
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.removal is not None and self.removal.steps_done < self.global_step:
@@ -373,6 +378,8 @@ def load_classifier(checkpoint: Path) -> LitClassifier:
         )
     model = LitClassifier(**given)
     model.load_state_dict(saved["state_dict"])
+    if model.removal is not None:
+        model.removal.load_state_dict(saved["removal"])
     model.classes = tuple(saved.get("classes", ()))
     return model
 

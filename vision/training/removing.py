@@ -27,7 +27,8 @@ def removal_of(net: nn.Module, args: Any) -> NormRemoval | None:
     images = None
     if not is_class_path(args.net):
         channels, size = image_of(args.net, **(args.options or {}))
-        images = torch.zeros(2, channels, size, size)
+        noise = torch.Generator().manual_seed(0)
+        images = torch.randn(2, channels, size, size, generator=noise)
     try:
         return NormRemoval(
             net,
