@@ -201,7 +201,7 @@ class _Graph:
         module = self.net.get_submodule(holder_of(use.weight))
         name = use.weight.rpartition(".")[2]
         parameter = module._parameters.get(name)
-        if use.computed or parameter is None or self.holders[id(parameter)] > 1:
+        if use.computed or parameter is None or self.holders.get(id(parameter), 1) > 1:
             return None
         if isinstance(module, nn.MultiheadAttention):
             return Neighbour(module, name, "in_proj_bias", False) if name == PACKED else None

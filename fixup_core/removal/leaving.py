@@ -234,12 +234,14 @@ class LeavingNorm(nn.Module):
 
     def write_gates_(self, gates: tuple[float, float]) -> None:
         """Have these shares of the norm, whatever they were; its statistics are left alone."""
-        self.gates = gates
+        kept = torch.tensor(gates)
+        first, second = kept.tolist()
+        self.gates = gates = (first, second)  # as the buffer has them
         # What ``forward`` asks for changes seldom, or a compiled network would be compiled anew at
         # every step; the buffer says how much is left.
         self._shares = tuple(gate if gate in (0, 1) else None for gate in gates)
         self._split = gates[0] != gates[1]
-        self.statistics.gates.copy_(torch.tensor(gates))
+        self.statistics.gates.copy_(kept)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from fixup_core.convert.apply import attach_scalars_
 from fixup_core.convert.convert import WRAPPERS
 from fixup_core.convert.traced_plan import traced_plan
 from fixup_core.convert.undo import undone_if_it_fails
 from fixup_core.errors import UserError
-from fixup_core.probing import Inputs, in_evaluation_mode, outputs_of
+from fixup_core.probing import Inputs, float_tensors, in_evaluation_mode, outputs_of
 from fixup_core.removal.anchor import ANCHOR, Anchor
 from fixup_core.removal.folding import fold_maps_, maps_left
 from fixup_core.removal.found import check_called, in_call_order, norms_to_go
@@ -167,6 +168,11 @@ class NormRemoval:
         return [path for path, norm in self.norms.items() if any(norm.gates)]
 
     @property
+    def share(self) -> float:
+        """How much is left of all norms, in norms: at first their number, 0 in the end."""
+        return sum(sum(norm.gates) / 2 for norm in self.norms.values())
+
+    @property
     def done(self) -> bool:
         """Whether all are gone."""
         return not self.left
@@ -190,7 +196,7 @@ class NormRemoval:
             if outputs is None or inputs is None:
                 raise UserError("with distil, give the step's: removal.loss(outputs, inputs)")
             with torch.no_grad():
-                targets = logits_in(outputs_of(self._teacher[0], inputs))
+                targets = logits_in(outputs_of(self._teacher[0].to(device), inputs))
             total = total + self.distil * divergence(logits_in(outputs), targets)
         return total
 
@@ -282,7 +288,11 @@ class NormRemoval:
         self.steps_done = int(state["steps_done"])
         if self.anchor is not None and state.get("anchor"):
             self.anchor.load(state["anchor"])
-        if self._teacher is not None and state.get("teacher"):
+        if self._teacher is not None:
+            if not state.get("teacher"):
+                raise UserError(
+                    "the saved removal has no network to distil from: go on without distil"
+                )
             self._teacher[0].load_state_dict(state["teacher"])
 
     def finish(self, *, force: bool = False, fold: bool = True) -> nn.Module:
@@ -337,10 +347,11 @@ class NormRemoval:
             raise
 
     def _fold(self, net: nn.Module) -> list[str]:
-        assert self.inputs is not None
-        before = _outputs(net, self.inputs)
-        folded = fold_maps_(net, self.inputs)
-        after = _outputs(net, self.inputs)
+        device = next(net.parameters()).device
+        inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, self.inputs)
+        before = _outputs(net, inputs)
+        folded = fold_maps_(net, inputs)
+        after = _outputs(net, inputs)
         largest = max(tensor.abs().max().item() for tensor in before)
         off = max((a - b).abs().max().item() for a, b in zip(after, before, strict=True))
         # Weights that take a map in are rounded anew.
@@ -417,8 +428,6 @@ def _leave_fast_paths(net: nn.Module) -> None:
 
 
 def _outputs(net: nn.Module, inputs: Inputs) -> list[Tensor]:
-    from fixup_core.probing import float_tensors
-
     with in_evaluation_mode(net), torch.no_grad():
         return [t.clone() for t in float_tensors(outputs_of(net, inputs))]
 

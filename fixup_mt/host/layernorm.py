@@ -52,6 +52,11 @@ def take_over_settings(original: Any) -> Any:
         if input_args is None:  # a command's line, and not a text that somebody looks at
             file = getattr(options, "fixup_from_layernorm", "")
             if file and hasattr(options, "max_update"):
+                if getattr(options, "finetune_from_model", None):
+                    raise UserError(
+                        "--fixup-from-layernorm and --finetune-from-model both say where the run "
+                        "starts: leave one of them out"
+                    )
                 take_over_(options, saved_model(file)[1], sys.argv[1:], file)
             check_removal(options)
         return parsed
@@ -69,6 +74,8 @@ def start_from_layernorm(original: Any) -> Any:
             file = FixupOptions.of(trainer.cfg.model).from_layernorm
             if file:
                 load_layernorm_(trainer.model, saved_model(file)[0], file)
+                # In half precision the optimiser has copied the weights that were there before.
+                trainer.reinitialize()
         return loaded
 
     return load_checkpoint
@@ -97,14 +104,13 @@ def hold_the_logits(original: Any) -> Any:
     def train_step(
         self: Any, sample: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        removal = getattr(getattr(model, "module", model), "removal", None)
+        removal = getattr(model, "removal", None)  # through what wraps it on several processes, too
         if removal is None:
             return original(self, sample, model, criterion, *args, **kwargs)
 
         def anchored(*given: Any) -> Any:
             loss, sample_size, logged = criterion(*given)
-            shares = [sum(norm.gates) / 2 for norm in removal.norms.values()]
-            metrics.log_scalar("norms_left", sum(shares), priority=600, round=3)
+            metrics.log_scalar("norms_left", removal.share, priority=600, round=3)
             if removal.anchor is None:
                 return loss, sample_size, logged
             anchor = removal.loss()

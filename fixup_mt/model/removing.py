@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from fixup_core import NormRemoval
+from fixup_core.rules.scalars import KeepsFloat32
 from fixup_mt.errors import UserError
 from fixup_mt.model.config import FixupOptions
 
+logger = logging.getLogger(__name__)
 METHODS = ("prenorm", "postnorm")
 """Those with layer norms and nothing else that fairseq's own Transformer lacks."""
 WRAPPED = re.compile(r"(layer_norm)(\.residual)?(\.norm)+\.")
 """In names of ours, where fairseq's have ``layer_norm`` alone."""
 NOT_THEIRS = re.compile(r"vocabulary|\.statistics\.|anchor_target|_float_tensor|\.version$")
 """In names of state dicts: no weights of a layer."""
+
+
+class AnchorTarget(KeepsFloat32):
+    """Where a checkpoint keeps the size that enters the output layer: ``value``, [1]."""
+
+    value: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.zeros(1))
 
 
 def remove_norms_(model: Any, options: FixupOptions) -> None:
@@ -41,7 +54,9 @@ def remove_norms_(model: Any, options: FixupOptions) -> None:
         )
     before = not options.record.norm_on_sum
     head = None if model.decoder.output_projection is None else "decoder.output_projection"
-    model.register_buffer("anchor_target", torch.zeros(1))
+    if head is None and options.removal_anchor:
+        logger.warning("an adaptive softmax has no anchor: the logits may grow as norms go")
+    model.anchor_target = AnchorTarget()
     model.removal = NormRemoval(
         model,
         schedule=options.remove_norms,
@@ -56,7 +71,7 @@ def remove_norms_(model: Any, options: FixupOptions) -> None:
 
 def follow_(model: Any, updates: int) -> None:
     """Put the norms where they are after ``updates``; keep the anchor's target in the model."""
-    removal, target = model.removal, model.anchor_target
+    removal, target = model.removal, model.anchor_target.value
     # fairseq counts the updates of a model that it loads before it has loaded the weights.
     if not all(norm.observed for norm in removal.norms.values()):
         return

@@ -87,7 +87,7 @@ def fold_transformer(model: nn.Module) -> dict[str, Tensor]:
     ends: dict[str, Before] = {"encoder": (nn.Identity(), Stream())}
     with torch.no_grad():
         for name, stack in stacks(module).items():
-            start = next(_factors(stack))
+            start = _start(stack)
             result[f"{name}.embed_tokens.weight"] = stack.embed_tokens.weight * start
             if isinstance(stack.embed_positions, nn.Embedding):
                 result[f"{name}.embed_positions.weight"] = stack.embed_positions.weight * start
@@ -117,7 +117,7 @@ def slots(layer: Any) -> dict[str, Parts]:
 
 def positions(stack: Any) -> Tensor:
     """The embeddings of the positions of an encoder or decoder, folded as all are: [maximum, D]."""
-    return _positions(stack) * next(_factors(stack)).detach().float().cpu()
+    return _positions(stack) * _start(stack).detach().float().cpu()
 
 
 def refuse_other_attention(model: nn.Module, engine: str) -> None:
@@ -150,7 +150,7 @@ def check(model: nn.Module) -> None:
     if removal is not None and removal.left:
         raise UserError(
             f"{len(removal.left)} of {len(removal.norms)} norms are not gone yet: train the model "
-            "to the end of --fixup-removal-updates first"
+            "to the end of --fixup-removal-updates first, and average checkpoints from behind it"
         )
     refused = {
         "--quant-noise-pq": any(s.quant_noise is not None for s in stacks(model).values()),
@@ -166,7 +166,7 @@ def check(model: nn.Module) -> None:
         if used:
             raise UserError(f"a model with {option} cannot be exported exactly")
     for stack in stacks(model).values():
-        if any(not factor.all() for factor in _factors(stack)):
+        if any(not factor.all() for factor in (*_factors(stack), *_maps(stack))):
             raise UserError(
                 "a factor on a shortcut is exactly 0, and no weight can take that in: train on, or "
                 "export another checkpoint"
@@ -198,6 +198,24 @@ def _factors(stack: Any) -> Iterator[Tensor]:
     yield one
 
 
+def _maps(stack: Any) -> list[Tensor]:
+    """The scales of the maps that stand on the stream, where norms on sums were taken out."""
+    parts = [each for layer in stack.layers for each in slots(layer).values()]
+    return [each.gone.constants()[0].detach() for each in parts if each.gone is not None]
+
+
+def _start(stack: Any) -> Tensor:
+    """What the embeddings are multiplied by: the first shortcut's factor, and, where maps stand on
+    the stream, what keeps their product, by which it is divided, from making it large.
+    """
+    first = next(_factors(stack))
+    product, sizes = torch.ones((), dtype=torch.float64), [1.0]
+    for scale in _maps(stack):
+        product = product * scale.double().cpu()
+        sizes.append(product.abs().mean().item())
+    return first * min(sizes)
+
+
 def _fold_stack(result: dict[str, Tensor], name: str, stack: Any, memory: Before) -> Before:
     """``memory`` is what the keys and values of cross-attention go through first.
 
@@ -205,8 +223,10 @@ def _fold_stack(result: dict[str, Tensor], name: str, stack: Any, memory: Before
         What the layers that read this stack go through first.
     """
     factors = _factors(stack)
-    stream = Stream(1 / next(factors))
-    factor = 1 / torch.as_tensor(stream.scale)
+    factor, start = next(factors), _start(stack)
+    width = stack.embed_tokens.embedding_dim
+    unit = (factor / start).expand(width) if _maps(stack) else None
+    stream = Stream(1 / start, unit=unit)
     for number, layer in enumerate(stack.layers):
         path = f"{name}.layers.{number}"
         for branch, parts in slots(layer).items():

@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
+from fixup_core.removal.leaving import Statistics
+
 WARM_UP = 10
 """After n updates the decay is (1 + n) / (10 + n) at the most, as in TensorFlow and timm."""
 
@@ -17,8 +19,9 @@ class MovingAverage(EMAWeightAveraging):
     """What the commands put in the place of Lightning's ``EMAWeightAveraging``.
 
     Differs: until the average starts it is the weights themselves, where Lightning validates and
-    saves the untrained ones; and its decay rises to the given one, where Lightning's average of a
-    short run is still the weights of its beginning.
+    saves the untrained ones; its decay rises to the given one, where Lightning's average of a short
+    run is still the weights of its beginning; whole numbers, and what is left of norms on their way
+    out, are those of the network.
     """
 
     @classmethod
@@ -30,6 +33,8 @@ class MovingAverage(EMAWeightAveraging):
         decay = plain(torch.tensor(1.0), torch.tensor(0.0), 1).item()
 
         def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+            if not averaged.is_floating_point():  # a BatchNorm's count of batches
+                return current
             risen = min(decay, (1 + int(updates)) / (WARM_UP + int(updates)))
             return (
                 averaged.lerp(current, 1 - risen)
@@ -61,5 +66,10 @@ class MovingAverage(EMAWeightAveraging):
 
     def _start(self, pl_module: L.LightningModule) -> None:
         average = self._average_model
-        if average is not None and not average.n_averaged:
+        if average is None:
+            return
+        if not average.n_averaged:
             average.module.load_state_dict(pl_module.state_dict())
+        for own, kept in zip(pl_module.modules(), average.module.modules(), strict=True):
+            if isinstance(own, Statistics):  # an average of shares would never come to 0
+                kept.load_state_dict(own.state_dict())

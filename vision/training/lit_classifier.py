@@ -375,6 +375,8 @@ def load_classifier(checkpoint: Path) -> LitClassifier:
         )
     model = LitClassifier(**given)
     model.load_state_dict(saved["state_dict"])
+    if model.removal is not None:
+        model.removal.load_state_dict(saved["removal"])
     model.classes = tuple(saved.get("classes", ()))
     return model
 

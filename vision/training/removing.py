@@ -27,7 +27,8 @@ def removal_of(net: nn.Module, args: Any) -> NormRemoval | None:
     images = None
     if not is_class_path(args.net):
         channels, size = image_of(args.net, **(args.options or {}))
-        images = torch.zeros(2, channels, size, size)
+        noise = torch.Generator().manual_seed(0)
+        images = torch.randn(2, channels, size, size, generator=noise)
     try:
         return NormRemoval(
             net,
@@ -53,5 +54,5 @@ def check_length(removal: NormRemoval, length: int | None) -> None:
 
 def measures_of(removal: NormRemoval) -> dict[str, float]:
     """What is logged: how many norms are left, and the mean of what is left of all."""
-    shares = [sum(norm.gates) / 2 for norm in removal.norms.values()]
-    return {"norms/left": float(len(removal.left)), "norms/share": sum(shares) / len(shares)}
+    share = removal.share / len(removal.norms)
+    return {"norms/left": float(len(removal.left)), "norms/share": share}

@@ -10,6 +10,7 @@ import torch
 from fixup_core.errors import UserError
 from fixup_core.removal.leaving import LeavingNorm
 from tests.vision.conftest import on_digits, run
+from tests.vision.training.test_resume import _fit
 from vision.export import export
 from vision.training import lit_classifier
 from vision.training.lit_classifier import load_classifier
@@ -119,3 +120,21 @@ def test_an_export_before_the_end_is_refused(trained: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match="7 of 7 norms are not gone yet"):
         export(tmp_path / "half.ckpt", tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
+
+
+AVERAGED = (
+    *("--model.method", "batchnorm", "--model.remove_norms", "taper"),
+    *("--model.removal_steps", "10", "--trainer.callbacks+=EMAWeightAveraging"),
+    "--trainer.callbacks.decay=0.9",
+)
+
+
+def test_norms_that_are_gone_are_gone_from_the_average_too(tmp_path: Path) -> None:
+    state = _fit(tmp_path, *AVERAGED)
+    gates = [value for name, value in state.items() if name.endswith("statistics.gates")]
+    assert gates and not torch.stack(gates).any()
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    removal = load_classifier(last).removal
+    assert removal is not None and removal.done and removal.steps_done == 15
+    export(last, tmp_path / "net.onnx")
+    assert (tmp_path / "net.onnx").exists()

@@ -75,8 +75,12 @@ def _last_metrics(folder: Path) -> dict[str, torch.Tensor]:
             *("--checkpoint_every", "3", "--trainer.callbacks+=EMAWeightAveraging"),
             *("--trainer.callbacks.decay=0.5", "--model.mixup", "0.2"),
         ),
+        (
+            *("--checkpoint_every", "2", "--model.method", "batchnorm"),
+            *("--model.remove_norms", "taper", "--model.removal_steps", "12"),
+        ),
     ],
-    ids=["plain", "accumulation", "limit_and_balance", "max_steps", "dropout", "moving_average"],
+    ids=["plain", "accumulation", "balance", "max_steps", "dropout", "moving_average", "removal"],
 )
 def test_going_on_from_any_checkpoint(
     options: tuple[str, ...], tmp_path: Path, monkeypatch
