@@ -196,16 +196,15 @@ class FixupEncoderModel(LosesNorms, FairseqEncoderModel):
                 self.register_classification_head(head, classes, width)
             own: Any = dict(self.classification_heads.items()).get(head)
             if own is None or own.out_proj.weight.shape != shape:
-                logger.warning(
-                    "the checkpoint's classification head %s, %d -> %d, is left out: the model has "
-                    "%s",
-                    *(head, width, classes),
-                    "none of this name" if own is None else "one of another size",
-                )
+                why = "none of this name" if own is None else "one of another size"
+                text = "the checkpoint's classification head %s, %d -> %d, is left out: there is %s"
+                logger.warning(text, head, width, classes, why)
                 for key in saved:
                     if key.startswith(f"{head}."):
                         del state_dict[prefix + key]
-        for key, value in self.classification_heads.state_dict().items():
-            if prefix + key not in state_dict:
-                logger.info("%s is not in the checkpoint and stays as it is", prefix + key)
-                state_dict[prefix + key] = value
+        for head, module in self.classification_heads.items():
+            new = {f"{prefix}{head}.{key}": value for key, value in module.state_dict().items()}
+            if not new.keys() & state_dict.keys():
+                text = "the classification head %s is not in the checkpoint and stays as it is"
+                logger.info(text, head)
+                state_dict.update(new)
