@@ -1,7 +1,8 @@
 """Fixup Transformers for fairseq: ``fairseq-train DATA --user-dir fixup_mt --arch ...``.
 
-Importing the package registers the models ``transformer_fixup`` and ``transformer_fixup_lm`` and
-repairs what today's fairseq does silently wrong (``fixup_mt.host.repairs``).
+Importing the package registers the models ``transformer_fixup``, ``transformer_fixup_lm`` and
+``transformer_fixup_encoder``, and repairs what today's fairseq does silently wrong
+(``fixup_mt.host.repairs``).
 """
 
 import functools
@@ -13,10 +14,7 @@ from itertools import pairwise
 def register() -> None:
     """Register the models and apply the repairs; more than once is harmless."""
     from fixup_mt.host import repairs
-    from fixup_mt.model import (
-        model,  # noqa: F401 (registers the models)
-        presets,
-    )
+    from fixup_mt.model import presets  # which imports, and so registers, the models
 
     presets.register()
     repairs.apply()

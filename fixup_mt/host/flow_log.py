@@ -30,7 +30,9 @@ def layer_gradient_norms(model: nn.Module) -> dict[str, float]:
         if stack is not None:
             parts |= {f"{side}_{i}": layer for i, layer in enumerate(stack.layers)}
             parts[f"{side}_embeddings"] = stack.embed_tokens
-    parts["output"] = getattr(getattr(model, "decoder", None), "output_projection", None)
+    for side, name in (("lm_head", "out_proj"), ("decoder", "output_projection")):
+        if hasattr(model, side):
+            parts["output"] = getattr(getattr(model, side), name)
     norms = {name: _norm(part) for name, part in parts.items() if part is not None}
     held = {name: norm for name, norm in norms.items() if norm is not None}
     values = torch.stack(list(held.values())).tolist() if held else []

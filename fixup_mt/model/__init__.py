@@ -1,5 +1,8 @@
-"""The models ``transformer_fixup`` and ``transformer_fixup_lm``, and what they are made of."""
+"""The models ``transformer_fixup``, ``transformer_fixup_lm`` and ``transformer_fixup_encoder``, and
+what they are made of.
+"""
 
+from fixup_mt.model.encoder_model import FixupEncoderModel
 from fixup_mt.model.model import FixupLanguageModel, FixupTransformerModel
 
-__all__ = ["FixupLanguageModel", "FixupTransformerModel"]
+__all__ = ["FixupEncoderModel", "FixupLanguageModel", "FixupTransformerModel"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Optional, get_type_hints
 
@@ -91,7 +91,7 @@ class FixupOptions:
     base_branches: float = _option(
         BASE_BRANCHES,
         "residual branches of the model whose learning rate is known (5 a pair of layers, 2 a "
-        "layer of a language model): fixup_adam, completep and depth_mup take it over to any depth",
+        "layer of a stack alone): fixup_adam, completep and depth_mup take it over to any depth",
     )
     scalar_lr_ratio: float = _option(
         1.0, "learning rate of Fixup's scalars divided by that of the weights"
@@ -228,21 +228,37 @@ def _offered(name: str) -> bool:
     return name.removeprefix("decoder_") not in NOT_OFFERED
 
 
-def _config_class(name: str, base: type, own: dict[str, tuple[Any, Any]]) -> type:
+def config_class(
+    name: str,
+    base: type,
+    own: dict[str, tuple[Any, Any]],
+    new: dict[str, tuple[Any, Any, str]] | None = None,
+    offered: Callable[[str], bool] = lambda name: True,
+) -> type:
+    """A flat configuration: options of fairseq's, and Fixup's.
+
+    Args:
+        name: Of the class.
+        base: fairseq's configuration, nested or not.
+        own: Types and defaults in the place of fairseq's, of the options that ``base`` has.
+        new: Types, defaults and help texts of options that it has not.
+        offered: Whether an option stays.
+    """
     fields = _flat_fields(base)
     for key, (kind, default) in own.items():
         if key in fields:
             text = fields[key][1].metadata.get("help")
             fields[key] = _field(kind, default, text)
+    fields |= {key: _field(*parts) for key, parts in (new or {}).items()}
     fields |= FIXUP_FIELDS
-    spec = [(key, kind, default) for key, (kind, default) in fields.items()]
+    spec = [(key, kind, default) for key, (kind, default) in fields.items() if offered(key)]
     return dataclasses.make_dataclass(name, spec, bases=(FairseqDataclass,))
 
 
-FixupTransformerConfig: Any = _config_class(
+FixupTransformerConfig: Any = config_class(
     "FixupTransformerConfig", TransformerConfig, OWN_TYPES | LIKE_THE_ENCODER
 )
-FixupLanguageModelConfig: Any = _config_class(
+FixupLanguageModelConfig: Any = config_class(
     "FixupLanguageModelConfig", TransformerLanguageModelConfig, OWN_TYPES
 )
 
@@ -268,7 +284,7 @@ def nested(cfg: DictConfig | Namespace) -> TransformerConfig:
     """
     values = plain(cfg)
     for key in LIKE_THE_ENCODER:
-        values[key] = values[key] or values[key.replace("decoder", "encoder")]
+        values[key] = values.get(key) or values[key.replace("decoder", "encoder")]
     for side in ("encoder", "decoder"):
         if f"{side}_layers" in values:
             _check_sizes(values, side)

@@ -32,7 +32,7 @@ from fixup_mt.model.stacks import FixupDecoder, FixupEncoder
 logger = logging.getLogger(__name__)
 
 
-class _LosesNorms:
+class LosesNorms:
     """A model whose norms go as fairseq counts its updates, where ``--fixup-remove-norms`` asks."""
 
     removal: Any = None
@@ -44,7 +44,7 @@ class _LosesNorms:
 
 
 @register_model("transformer_fixup", dataclass=FixupTransformerConfig)
-class FixupTransformerModel(_LosesNorms, TransformerModelBase):
+class FixupTransformerModel(LosesNorms, TransformerModelBase):
     """The Transformer of Zhang et al. 2019 (section 5.3): no normalisation, Fixup throughout."""
 
     @classmethod
@@ -68,11 +68,12 @@ class FixupTransformerModel(_LosesNorms, TransformerModelBase):
             )
             if path
         ]
-        _initialise_(
+        initialise_model_(
             model,
             config.fixup,
             optimizer_name(cfg),
             task,
+            output=model.decoder.output_projection,
             keep=(p for module in pretrained for p in module.parameters()),
         )
         return model
@@ -87,7 +88,7 @@ class FixupTransformerModel(_LosesNorms, TransformerModelBase):
 
 
 @register_model("transformer_fixup_lm", dataclass=FixupLanguageModelConfig)
-class FixupLanguageModel(_LosesNorms, TransformerLanguageModel):
+class FixupLanguageModel(LosesNorms, TransformerLanguageModel):
     """A language model of decoder layers without cross-attention: L is twice the layers."""
 
     @classmethod
@@ -114,34 +115,52 @@ class FixupLanguageModel(_LosesNorms, TransformerLanguageModel):
         # A character embedder is a network of its own, outside the residual branches.
         embedder = model.decoder.embed_tokens
         own = isinstance(embedder, CharacterTokenEmbedder)
-        _initialise_(
+        initialise_model_(
             model,
             config.fixup,
             optimizer_name(cfg),
             task,
+            output=model.decoder.output_projection,
             keep=embedder.parameters() if own else (),
         )
         return model
 
 
-def _initialise_(
-    model: Any, options: FixupOptions, optimizer: str, task: Any, *, keep: Iterable[nn.Parameter]
+def initialise_model_(
+    model: Any,
+    options: FixupOptions,
+    optimizer: str,
+    task: Any,
+    *,
+    output: Any,
+    keep: Iterable[nn.Parameter] = (),
 ) -> None:
-    """Anchor the scalars at the rate the optimiser needs, then write all weights by the method."""
+    """Anchor the scalars at the rate the optimiser needs, then write all weights by the method.
+
+    Args:
+        model: Built; its ``fixup_report`` will say what was written.
+        options: Of it.
+        optimizer: fairseq's name of the optimiser.
+        task: Of fairseq; it says where the data lie.
+        output: The layer that makes the logits; ``None`` where there are several.
+        keep: Parameters to leave as they are.
+
+    Raises:
+        UserError: A ratio of learning rates that is none, or an option for one output layer where
+            there are several.
+    """
     try:
         rate = anchored_rate(options.scalar_lr_ratio, optimizer)
     except ValueError as error:
         raise UserError(f"--fixup-scalar-lr-ratio: {error}") from error
     anchor_scalars_(model, rate)
-    decoder = model.decoder
-    if decoder.adaptive_softmax is not None and options.output_bias == "frequencies":
+    if output is None and options.output_bias == "frequencies":
         raise UserError(
             "--fixup-output-bias frequencies is for one output layer: leave it out, or "
             "--adaptive-softmax-cutoff"
         )
-    if decoder.adaptive_softmax is None and options.starts_at_frequencies:
-        start = log_frequencies(task, task.target_dictionary)
-        decoder.output_projection.initial_bias = start
+    if output is not None and options.starts_at_frequencies:
+        output.initial_bias = log_frequencies(task, task.target_dictionary)
     model.fixup_report = initialise_(model, options.record, keep=keep)
     remove_norms_(model, options)
     logger.info("%s: %s", options.method, model.fixup_report.summary())

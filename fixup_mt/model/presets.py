@@ -10,6 +10,7 @@ from typing import Any
 from fairseq.models import register_model
 
 from fixup_mt.model.config import FixupLanguageModelConfig, FixupTransformerConfig, with_defaults
+from fixup_mt.model.encoder_model import FixupEncoderConfig, FixupEncoderModel
 from fixup_mt.model.model import FixupLanguageModel, FixupTransformerModel
 
 Preset = dict[str, Any]
@@ -70,6 +71,15 @@ LANGUAGE_MODELS: dict[str, Preset] = {
     "transformer_fixup_lm_gpt2_big": _lm_sizes(48, 1600, 6400, 25) | GPT,
 }
 
+ENCODERS: dict[str, Preset] = {
+    "transformer_fixup_encoder_tiny": {
+        "encoder_layers": 2,
+        "encoder_embed_dim": 64,
+        "encoder_ffn_embed_dim": 128,
+        "encoder_attention_heads": 2,
+    },
+}
+
 
 def register() -> None:
     """Make each preset a model of its own: the same class with other defaults.
@@ -79,6 +89,7 @@ def register() -> None:
     for model, config, presets in (
         (FixupTransformerModel, FixupTransformerConfig, TRANSLATION),
         (FixupLanguageModel, FixupLanguageModelConfig, LANGUAGE_MODELS),
+        (FixupEncoderModel, FixupEncoderConfig, ENCODERS),
     ):
         for name, preset in presets.items():
             dataclass = with_defaults(config, f"{name}_config", preset)
