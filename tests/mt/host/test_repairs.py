@@ -77,8 +77,12 @@ def _targets() -> list[Any]:
 
 
 def _marked() -> list[bool]:
-    """Whether something of ours is there."""
-    return [hasattr(getattr(found, "__func__", found), MARK) for found in _targets()]
+    """Whether each repair is in its place."""
+    functions = (getattr(found, "__func__", found) for found in _targets())
+    return [
+        item.name in getattr(function, MARK, {})
+        for item, function in zip(PATCHES, functions, strict=True)
+    ]
 
 
 HERE = "from tests.mt.host.test_repairs import PATCHES, _marked, _targets, repairs, sys, torch\n"
@@ -182,11 +186,14 @@ def test_the_switch_turns_everything_off() -> None:
 def test_options_of_ours_need_no_repair() -> None:
     """An option that was asked for and does nothing would be worse than none."""
     code = (
-        "from fairseq.trainer import Trainer\nimport fixup_mt\n"
-        "from fixup_mt.host import repairs\nfrom fixup_mt.host.patches import MARK\n"
-        "on = set(getattr(Trainer.clip_grad_norm, MARK, {}))\n"
+        "import fixup_mt\nfrom fixup_mt.host import repairs\n"
+        "from fixup_mt.host.patches import MARK\n"
+        "def on(patch):\n"
+        "    found = patch._find()[2]\n"
+        "    return patch.name in getattr(getattr(found, '__func__', found), MARK, {})\n"
+        "before = all(map(on, repairs.OPTIONS))\n"
         "repairs.undo()\n"
-        "print(on == {p.name for p in repairs.OPTIONS}, hasattr(Trainer.clip_grad_norm, MARK))"
+        "print(before, any(map(on, repairs.OPTIONS)))"
     )
     assert _without_repairs(code) == _in_a_fresh_process(code) == "True False"
 

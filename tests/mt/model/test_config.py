@@ -25,6 +25,10 @@ GIVEN = {
     "fixup_autocast": "bf16",
     "fixup_compile": True,
     "fixup_agc": 0.5,
+    "fixup_from_layernorm": "layernorm.pt",
+    "fixup_remove_norms": "taper",
+    "fixup_removal_updates": 300,
+    "fixup_removal_anchor": 0.5,
     "fixup_log_gradients": True,
 }
 OTHER = FixupOptions(**{name.removeprefix("fixup_"): value for name, value in GIVEN.items()})
