@@ -172,7 +172,7 @@ def test_what_is_allowed_is_a_path_and_no_prefix() -> None:
         assert {"bs.1", "bs.10"} <= set(report.kept)
 
 
-STEPS = ["apply._attach_scalars_", "convert.initialise_", "convert.calibrate_", "convert._report"]
+STEPS = ["apply.attach_scalars_", "convert.initialise_", "convert.calibrate_", "convert._report"]
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -71,7 +71,9 @@ def test_a_choice_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_built_model_carries_them() -> None:
-    model = build(**GIVEN | {"fixup_compile": False})
-    assert model.cfg.fixup == dataclasses.replace(OTHER, compile=False)
+    # A method without norms has none to take out.
+    other = {"compile": False, "remove_norms": "none"}
+    model = build(**GIVEN | {f"fixup_{name}": value for name, value in other.items()})
+    assert model.cfg.fixup == dataclasses.replace(OTHER, **other)
     assert model.encoder.autocast is model.decoder.autocast is torch.bfloat16
     assert nested(OmegaConf.structured(FixupTransformerConfig())).fixup == FixupOptions()

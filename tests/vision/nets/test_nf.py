@@ -167,10 +167,16 @@ def test_gains_and_biases_do_not_decay() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"order": "post"}, {"shortcut": "A"}, {"shortcut": "none"}], ids=str
+    ("options", "message"),
+    [
+        ({"order": "post"}, "'nf' is defined for order pre and shortcut B or C"),
+        ({"shortcut": "A"}, "'nf' is defined for order pre and shortcut B or C"),
+        ({"shortcut": "none"}, "'nf' is not defined for plain networks"),
+    ],
+    ids=str,
 )
-def test_other_orders_and_shortcuts_are_refused(options: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="'nf' is defined for order pre and shortcut B or C") as no:
+def test_other_orders_and_shortcuts_are_refused(options: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as no:
         check_net("cifar_resnet14", method="nf", **options)
     assert "\n" not in str(no.value)
     check_net("cifar_resnet14", method="nf", shortcut="C")
