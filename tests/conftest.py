@@ -5,12 +5,13 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import logging
 import os
 import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": "",
 }
 WORDS = [f"w{i}" for i in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def _logging_stays_on() -> Iterator[None]:
+    """Commands that are called in this process have switched it off, as they do in their own."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def fairseq(

@@ -36,6 +36,8 @@ SLOTS = {
     "ffn": "final_layer_norm",
 }
 """fairseq's names of a layer's slots, by its branches in their order."""
+MODERATE = 1 / 32
+"""A product of maps that is smaller makes the stream too large for CTranslate2's identity."""
 END = "layer_norm"
 """fairseq's name of what ends a stack."""
 
@@ -206,14 +208,15 @@ def _maps(stack: Any) -> list[Tensor]:
 
 def _start(stack: Any) -> Tensor:
     """What the embeddings are multiplied by: the first shortcut's factor, and, where maps stand on
-    the stream, what keeps their product, by which it is divided, from making it large.
+    the stream, what keeps their product, by which it is divided, from making it large. Not where
+    it stays moderate: fairseq's own transformer cannot scale its positions.
     """
     first = next(_factors(stack))
     product, sizes = torch.ones((), dtype=torch.float64), [1.0]
     for scale in _maps(stack):
         product = product * scale.double().cpu()
         sizes.append(product.abs().mean().item())
-    return first * min(sizes)
+    return first * min(sizes) if min(sizes) < MODERATE else first
 
 
 def _fold_stack(result: dict[str, Tensor], name: str, stack: Any, memory: Before) -> Before:

@@ -160,7 +160,7 @@ def test_the_norms_go_as_the_schedule_says(schedule: str) -> None:
     for step in range(25):
         gates = removal.schedule.gates(step)
         for path, norm in removal.norms.items():
-            assert norm.gates == gates[path]
+            assert norm.gates == pytest.approx(gates[path])  # as a float32 buffer has them
             assert norm.statistics.gates.tolist() == pytest.approx(list(gates[path]))
         net(WORDS)
         removal.step()
