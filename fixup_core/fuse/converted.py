@@ -64,7 +64,7 @@ def fold_converted(net: nn.Module) -> nn.Module:
             replaced[module] = _without_norm(module)
         elif _has_scalars(module):
             replaced[module] = _without_scalars(module, to_itself.get(module))
-    _replace_(modules, replaced)
+    replace_(modules, replaced)
     for module in modules:
         _forget_declarations_(module)
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -174,7 +174,8 @@ def _move_hooks_(source: nn.Module, target: nn.Module, keys: Iterable[int]) -> N
                 new[key] = old.pop(key)
 
 
-def _replace_(modules: Iterable[nn.Module], replaced: Mapping[nn.Module, nn.Module]) -> None:
+def replace_(modules: Iterable[nn.Module], replaced: Mapping[nn.Module, nn.Module]) -> None:
+    """Put others in the place of ``modules``' parts, wherever these stand."""
     for module in modules:
         for name, child in module._modules.items():
             if child is not None and child in replaced:

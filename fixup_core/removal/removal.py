@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from fixup_core.convert.apply import attach_scalars_
@@ -27,8 +26,10 @@ from fixup_core.convert.convert import WRAPPERS
 from fixup_core.convert.traced_plan import traced_plan
 from fixup_core.convert.undo import undone_if_it_fails
 from fixup_core.errors import UserError
+from fixup_core.fuse.converted import replace_
 from fixup_core.probing import Inputs, float_tensors, in_evaluation_mode, outputs_of
 from fixup_core.removal.anchor import ANCHOR, Anchor
+from fixup_core.removal.distilling import divergence, logits_in
 from fixup_core.removal.folding import fold_maps_, maps_left
 from fixup_core.removal.found import check_called, in_call_order, norms_to_go
 from fixup_core.removal.kinds import kind_of
@@ -154,7 +155,7 @@ class NormRemoval:
         self._teacher = None if teacher is None else [teacher]  # no part of any module
         with undone_if_it_fails(net, ()):
             self.norms = {path: LeavingNorm(norms[path], kinds[path], centring) for path in order}
-            _replace_(net, norms, self.norms)
+            replace_(list(net.modules()), {norms[path]: self.norms[path] for path in order})
             _leave_fast_paths(net)
             self._handles = split_(net, seen.values)
             if scalars and example_inputs is not None:
@@ -320,8 +321,8 @@ class NormRemoval:
         with self._gates_put_back_if_it_fails(), undone_if_it_fails(net, ()):
             if left:
                 self.at(self.schedule.steps)
-            plain = {path: norm.plain() for path, norm in self.norms.items()}
-            net = _replace_(net, self.norms, plain)
+            plain: dict[nn.Module, nn.Module] = {n: n.plain() for n in self.norms.values()}
+            replace_(list(net.modules()), plain)
             folded = self._fold(net) if fold and self.inputs is not None else []
         for handle in self._handles:
             handle.remove()
@@ -332,7 +333,6 @@ class NormRemoval:
         logger.info("%d norms are gone, %d of them into layers", len(plain), len(folded))
         if kept:
             logger.info("affine maps that no layer can take in: %s", ", ".join(kept))
-        self.net = net
         return net
 
     @contextlib.contextmanager
@@ -364,30 +364,6 @@ class NormRemoval:
         return folded
 
 
-def logits_in(outputs: Any) -> Tensor:
-    """The logits of what a network returns: a tensor, what has ``logits``, or the first of a tuple.
-
-    Raises:
-        UserError: There are none.
-    """
-    found = getattr(outputs, "logits", outputs)
-    if isinstance(found, Mapping):
-        found = found.get("logits")
-    if isinstance(found, (tuple, list)) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
-        raise UserError("distil needs logits: the network returns something else")
-    return found
-
-
-def divergence(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean Kullback-Leibler divergence of distributions [..., classes] from those of a
-    teacher.
-    """
-    own, other = (x.float().flatten(0, -2).log_softmax(-1) for x in (logits, targets))
-    return F.kl_div(own, other, reduction="batchmean", log_target=True)
-
-
 def _check(
     net: nn.Module, inputs: Inputs | None, anchor: float, distil: float, scalars: bool
 ) -> None:
@@ -400,22 +376,6 @@ def _check(
             raise UserError(f"{name} is {weight}: it cannot be negative")
     if scalars and inputs is None:
         raise UserError("scalars=True needs a batch, example_inputs=, to find the branches")
-
-
-def _replace_(
-    net: nn.Module, old: Mapping[str, nn.Module], new: Mapping[str, nn.Module]
-) -> nn.Module:
-    """Put other modules where norms stand, at every path of a shared one."""
-    by_id = {id(old[path]): new[path] for path in old}
-    if id(net) in by_id:
-        return by_id[id(net)]
-    for module in list(net.modules()):
-        if isinstance(module, LeavingNorm) and id(module) not in by_id:
-            continue  # the norm within it stays
-        for name, child in module._modules.items():
-            if child is not None and id(child) in by_id and by_id[id(child)] is not module:
-                module._modules[name] = by_id[id(child)]
-    return net
 
 
 def _leave_fast_paths(net: nn.Module) -> None:

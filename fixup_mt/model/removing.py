@@ -94,24 +94,20 @@ def load_layernorm_(model: nn.Module, saved: Mapping[str, Tensor], file: str) ->
     Raises:
         UserError: They are weights of another architecture.
     """
-    own = {name: WRAPPED.sub(r"\1.", name) for name in model.state_dict()}
+    weights = model.state_dict()
+    own = {name: WRAPPED.sub(r"\1.", name) for name in weights}
     wanted = {name: theirs for name, theirs in own.items() if not NOT_THEIRS.search(name)}
     given = {name for name in saved if not NOT_THEIRS.search(name)}
     odd = sorted(set(wanted.values()) ^ given)
-    odd += [t for name, t in wanted.items() if t in saved and _shape(model, name) != saved[t].shape]
+    odd += [t for name, t in wanted.items() if t in saved and weights[name].shape != saved[t].shape]
     if odd:
         raise UserError(
             f"{file} is a checkpoint of another architecture, or of other dictionaries: the "
             f"models differ in {', '.join(odd[:3])}"
         )
     with torch.no_grad():
-        weights = model.state_dict()
         for name, theirs in wanted.items():
             weights[name].copy_(saved[theirs])
-
-
-def _shape(model: nn.Module, name: str) -> torch.Size:
-    return model.state_dict()[name].shape
 
 
 def _values(model: Any) -> dict[str, str]:

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from fixup_core import NormRemoval, scalars
 from fixup_core.errors import UserError
+from fixup_core.removal.distilling import divergence
 from fixup_core.removal.folding import maps_left
 from fixup_core.removal.leaving import FixedAffine, LeavingNorm
-from fixup_core.removal.removal import divergence
 from tests.core.convert.nets import Encoder, timm_net, torchvision_net
 from tests.core.removal.nets import (
     IMAGES,
