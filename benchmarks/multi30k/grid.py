@@ -2,6 +2,8 @@
 
 ``python benchmarks/multi30k/grid.py DATA_BIN RUNS_DIR SETTINGS.txt --jobs 2``
 
+On a GPU: ``--device cuda`` (``--fp16`` in place of the CPU's bfloat16 autocast).
+
 Each line of SETTINGS is a run: its name, a colon, and the flags that differ from the common ones;
 ``RUNS/`` in them stands for RUNS_DIR, where a run starts from what another has left: give such a
 file with ``--jobs 1``, or its first lines first.
@@ -23,14 +25,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PLUGIN = Path(__file__).resolve().parent
+DEVICES = {
+    "cpu": ["--cpu", "--task", "translation_bf16"],
+    "cuda": ["--fp16", "--task", "translation"],
+}
+"""The flags of a device, with the half precision that runs fast on it."""
 COMMON = [
-    "--task",
-    "translation_bf16",
     "-s",
     "de",
     "-t",
     "en",
-    "--cpu",
     "--encoder-layers",
     "3",
     "--decoder-layers",
@@ -81,16 +85,18 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("settings", type=Path)
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, a thread each")
+    parser.add_argument("--device", choices=sorted(DEVICES), default="cpu")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
     lines = [line.split(":", 1) for line in args.settings.read_text().splitlines() if ":" in line]
     with ThreadPoolExecutor(args.jobs) as pool:
         for name, flags in lines:
             flags = flags.replace("RUNS/", f"{args.runs}/")
-            pool.submit(run, args.data_bin, args.runs, name.strip(), shlex.split(flags))
+            settings = [*DEVICES[args.device], *COMMON]
+            pool.submit(run, args.data_bin, args.runs, name.strip(), settings, shlex.split(flags))
 
 
-def run(data_bin: Path, runs: Path, name: str, flags: list[str]) -> None:
+def run(data_bin: Path, runs: Path, name: str, settings: list[str], flags: list[str]) -> None:
     folder, done = runs / name, runs / name / "done"
     folder.mkdir(exist_ok=True)
     if done.exists() and done.read_text() == " ".join(flags):
@@ -101,7 +107,7 @@ def run(data_bin: Path, runs: Path, name: str, flags: list[str]) -> None:
     schedule = [] if SCHEDULE[0] in flags else SCHEDULE
     with (folder / "train.log").open("a") as log:
         status = subprocess.run(
-            [*train, *plugin, *COMMON, *schedule, *flags], stdout=log, stderr=log, env=environment
+            [*train, *plugin, *settings, *schedule, *flags], stdout=log, stderr=log, env=environment
         ).returncode
     if status:
         print(f"{name}: failed with status {status}, see {folder / 'train.log'}", flush=True)

@@ -25,32 +25,34 @@ def main() -> None:
     parser.add_argument("data_bin", type=Path)
     parser.add_argument("subset")
     parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     fixup_mt.register()
     for checkpoint in args.checkpoints:
-        losses = losses_of(checkpoint, args.data_bin, args.subset)
+        losses = losses_of(checkpoint, args.data_bin, args.subset, args.device)
         shown = [losses.mean(), *torch.quantile(losses, torch.tensor(PERCENTILES))]
         numbers = "\t".join(f"{value:.3f}" for value in shown)
         print(f"{checkpoint.parent.name}\t{numbers}", flush=True)
 
 
 @torch.no_grad()
-def losses_of(checkpoint: Path, data_bin: Path, subset: str) -> Tensor:
+def losses_of(checkpoint: Path, data_bin: Path, subset: str, device: str) -> Tensor:
     """Of every word of the subset, in bits."""
     utils.import_user_module(argparse.Namespace(user_dir=str(Path(__file__).parent)))
     models, _, task = checkpoint_utils.load_model_ensemble_and_task(
         [str(checkpoint)], arg_overrides={"data": str(data_bin)}
     )
-    model: Any = models[0].eval()
+    model: Any = models[0].eval().to(device)
     task.load_dataset(subset)
     found = []
     batches = task.get_batch_iterator(task.dataset(subset), max_tokens=4000)
     for sample in batches.next_epoch_itr(shuffle=False):
+        sample = utils.move_to_cuda(sample) if device == "cuda" else sample
         logits = model(**sample["net_input"])[0].float()
         target = sample["target"]
         logs = logits.log_softmax(-1).gather(2, target[:, :, None])[:, :, 0]
         found.append(-logs[target.ne(task.target_dictionary.pad())] / torch.log(torch.tensor(2.0)))
-    return torch.cat(found)
+    return torch.cat(found).cpu()
 
 
 if __name__ == "__main__":
