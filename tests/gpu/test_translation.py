@@ -1,4 +1,4 @@
-"""Translation on a CUDA device: which attention kernels run, half precision by fairseq's command."""
+"""Translation on a CUDA device: the attention kernels, half precision by fairseq's command."""
 
 from __future__ import annotations
 
