@@ -9,6 +9,7 @@ USER_DIR="$ROOT/fixup_mt"
 
 DATA="" OUTPUT="" METHOD=fixup SEED=1 MAX_UPDATE="" AVERAGE=10 URL="" REFERENCE="" LAUNCHER=""
 CHECKSUMS="$HERE/checksums.txt"
+METHODS=(fixup postnorm prenorm)
 PREPARE_ONLY=no DRY_RUN=no STALE=no
 EXTRA=()
 
@@ -16,7 +17,8 @@ COMMON_OPTIONS='Options:
   --data DIR         files already on disk, used instead of a download
   --url URL          another place to download from
   --output DIR       everything the recipe writes (default: runs/NAME in the checkout)
-  --method NAME      fixup, postnorm or prenorm (default: fixup)
+  --method NAME      fixup, postnorm or prenorm; t_fixup and fixup_adam where the recipe has
+                     them (default: fixup)
   --seed N           random seed of the training (default: 1)
   --max-update N     length of the training in updates
   --average N        how many neighbouring checkpoints are averaged (default: 10)
@@ -86,10 +88,8 @@ set_option() {
 }
 
 check_options() {
-    case "$METHOD" in
-        fixup | postnorm | prenorm) ;;
-        *) die "--method is $METHOD; choose fixup, postnorm or prenorm" ;;
-    esac
+    [[ " ${METHODS[*]} " == *" $METHOD "* ]] ||
+        die "--method is $METHOD; choose one of: ${METHODS[*]}"
     check_count --seed "$SEED"
     check_count --max-update "${MAX_UPDATE:-1}"
     check_count --average "$AVERAGE"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Multi30k German to English: image captions, 29,000 pairs. A real task that trains on a laptop.
 #
-# Reproduces: nothing published by the Fixup paper; it compares Fixup with LayerNorm (post-norm and
-#   pre-norm) on the same small Transformer: 3+3 layers, 256 wide, 1024 inside, 4 heads.
+# Reproduces: nothing published by the Fixup paper; it compares Fixup, T-Fixup and fixup_adam with
+#   LayerNorm (post-norm and pre-norm) on the same small Transformer: 3+3 layers, 256 wide, 1024 inside, 4 heads.
 # Target: the sacreBLEU scores on test_2016_flickr in recipes/README.md.
 # Hardware: two CPU cores, 4 GB of memory, 2 GB of disk a run. One GPU is used where there is one.
 # Time (estimates): preparation 1 minute; training some hours on two cores, minutes on a GPU.
@@ -10,7 +10,7 @@
 # Launch:
 #   recipes/mt/multi30k.sh                                   # downloads, prepares, trains, scores
 #   recipes/mt/multi30k.sh --data DIR --method postnorm      # DIR holds train.de.gz and so on
-#   recipes/mt/multi30k.sh --method fixup --seed 2 -- --lr 0.001 --dropout 0.2
+#   recipes/mt/multi30k.sh --method t_fixup --seed 2 -- --lr 0.001 --dropout 0.2
 # Several GPUs: --launcher "torchrun --nproc-per-node 2" -- --distributed-world-size 2
 # Several nodes, inside a Slurm allocation with one task a node: --launcher "srun python" --
 #   --distributed-world-size 8 --distributed-port 29500
@@ -27,15 +27,19 @@ MODULES=(sentencepiece)
 SPLITS=(train val test_2016_flickr)
 AVERAGE=5
 
+METHODS=(fixup t_fixup fixup_adam postnorm prenorm)
+
 # What differs between the methods, chosen on the validation set: dropout of 0.1 and 0.3, the length
 # that belongs to it, and the length penalty of 1, 1.5 and 2.
 set_method_flags() {
     case "$METHOD" in
-        fixup)
+        fixup | t_fixup | fixup_adam)
             MAX_UPDATE="${MAX_UPDATE:-5420}"
-            LENPEN=1.5
+            LENPEN=2.0
             METHOD_FLAGS=(
                 --arch transformer_fixup
+                --fixup-method "$METHOD"
+                --fixup-output-bias frequencies
                 --dropout 0.3
             )
             ;;

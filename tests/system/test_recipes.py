@@ -79,7 +79,7 @@ def test_help(name: str) -> None:
         (["--seed"], "--seed needs a value"),
         (["--seed", "zero"], "--seed is zero"),
         (["--max-update", "0"], "--max-update is 0"),
-        (["--method", "batchnorm"], "choose fixup, postnorm or prenorm"),
+        (["--method", "batchnorm"], "choose one of: fixup"),
         (["--data", "/no/such/folder"], "/no/such/folder does not exist"),
         (["--reference", "/no/such/file"], "/no/such/file does not exist"),
         (["--checksums", "/no/such/file"], "/no/such/file does not exist"),
@@ -187,8 +187,16 @@ def write_slice(folder: Path) -> None:
             (folder / f"{split}.{language}").write_text(lines, encoding="utf-8")
 
 
+@pytest.mark.parametrize("method", ["t_fixup", "fixup_adam"])
+def test_multi30k_has_the_rivals_without_norms(method: str, tmp_path: Path) -> None:
+    result = run("multi30k.sh", "--method", method, "--dry-run", "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert f"--fixup-method {method}" in result.stdout
+    assert "choose one of: fixup" in error_line(run("wmt16_en_de.sh", "--method", method))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fixup", "prenorm"])
+@pytest.mark.parametrize("method", ["t_fixup", "prenorm"])
 def test_multi30k_from_text_to_score(method: str, tmp_path: Path) -> None:
     for needed in ("sentencepiece", "sacrebleu", "fairseq"):
         if importlib.util.find_spec(needed) is None:
