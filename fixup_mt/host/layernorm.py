@@ -18,6 +18,7 @@ from fairseq.trainer import Trainer
 
 from fixup_mt.errors import UserError
 from fixup_mt.host.patches import patch
+from fixup_mt.host.teacher import make_teacher, outputs_seen
 from fixup_mt.model.config import FixupOptions
 from fixup_mt.model.removing import load_layernorm_
 
@@ -70,12 +71,17 @@ def start_from_layernorm(original: Any) -> Any:
 
     def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
         loaded = original(cfg, trainer, **passthrough_args)
-        if isinstance(trainer, Trainer) and not trainer.get_num_updates():
-            file = FixupOptions.of(trainer.cfg.model).from_layernorm
-            if file:
-                load_layernorm_(trainer.model, saved_model(file)[0], file)
-                # In half precision the optimiser has copied the weights that were there before.
-                trainer.reinitialize()
+        if not isinstance(trainer, Trainer):
+            return loaded
+        options = FixupOptions.of(trainer.cfg.model)
+        file, distil = options.from_layernorm, options.removal_distil
+        if file and not trainer.get_num_updates():
+            load_layernorm_(trainer.model, saved_model(file)[0], file)
+            # In half precision the optimiser has copied the weights that were there before.
+            trainer.reinitialize()
+        if file and distil:
+            saved = saved_model(file)[0]
+            trainer.get_model().teacher = make_teacher(trainer, saved, file, distil)
         return loaded
 
     return load_checkpoint
@@ -99,7 +105,7 @@ def best_without_norms(original: Any) -> Any:
     "self sample model criterion optimizer update_num ignore_grad",
 )
 def hold_the_logits(original: Any) -> Any:
-    """The anchor of a model whose norms go is part of the loss."""
+    """The loss of a model whose norms go has the anchor, and the divergence from a teacher."""
 
     def train_step(
         self: Any, sample: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any
@@ -108,16 +114,21 @@ def hold_the_logits(original: Any) -> Any:
         if removal is None:
             return original(self, sample, model, criterion, *args, **kwargs)
 
-        def anchored(*given: Any) -> Any:
-            loss, sample_size, logged = criterion(*given)
-            metrics.log_scalar("norms_left", removal.share, priority=600, round=3)
-            if removal.anchor is None:
-                return loss, sample_size, logged
-            anchor = removal.loss()
-            metrics.log_scalar("anchor", anchor.item(), priority=600, round=5)
-            return loss + sample_size * anchor.to(loss), sample_size, logged
+        teacher = getattr(model, "teacher", None)
 
-        return original(self, sample, model, anchored, *args, **kwargs)
+        def held(*given: Any) -> Any:
+            with outputs_seen(model) as seen:
+                loss, sample_size, logged = criterion(*given)
+            metrics.log_scalar("norms_left", removal.share, priority=600, round=3)
+            more = {} if removal.anchor is None else {"anchor": (1.0, removal.loss())}
+            if teacher is not None:
+                more["divergence"] = (teacher.weight, teacher.divergence(seen[-1], sample))
+            for name, (weight, value) in more.items():
+                metrics.log_scalar(name, value.item(), priority=600, round=5)
+                loss = loss + sample_size * weight * value.to(loss)
+            return loss, sample_size, logged
+
+        return original(self, sample, model, held, *args, **kwargs)
 
     return train_step
 
@@ -176,7 +187,15 @@ def take_over_(options: Namespace, saved: Namespace, line: Sequence[str], file: 
 
 
 def check_removal(options: Any) -> None:
-    """Raise ``UserError`` where the run ends before the last norm is gone."""
+    """Raise ``UserError`` where the run ends before the last norm is gone, or has no teacher."""
+    distil = getattr(options, "fixup_removal_distil", None) or 0.0
+    if distil < 0:
+        raise UserError(f"--fixup-removal-distil is {distil}: it cannot be negative")
+    if distil and (not options.fixup_from_layernorm or options.fixup_remove_norms == "none"):
+        raise UserError(
+            "--fixup-removal-distil learns from the model with norms while they go: give it, "
+            "--fixup-from-layernorm CHECKPOINT, and --fixup-remove-norms"
+        )
     if getattr(options, "fixup_remove_norms", "none") in ("none", None, "at_once"):
         return
     length, removal = getattr(options, "max_update", 0), options.fixup_removal_updates

@@ -138,6 +138,11 @@ class FixupOptions:
     removal_anchor: float = _option(
         ANCHOR, "weight, in the loss, of what holds the size of the logits while norms go; 0: none"
     )
+    removal_distil: float = _option(
+        0.0,
+        "weight, in the loss, of the divergence from the checkpoint with norms, whose words are "
+        "soft targets while the norms go; 0: none",
+    )
     log_gradients: bool = _option(False, "log the gradient norm of every layer, to TensorBoard too")
 
     @classmethod

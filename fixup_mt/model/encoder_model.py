@@ -56,7 +56,7 @@ NOT_OF_ENCODERS = frozenset(
         "max_source_positions",  # max_positions says it, as the tasks have it
         # Norms are taken out of a model with one head, whose logits are held meanwhile.
         *("fixup_from_layernorm", "fixup_remove_norms"),
-        *("fixup_removal_updates", "fixup_removal_anchor"),
+        *("fixup_removal_updates", "fixup_removal_anchor", "fixup_removal_distil"),
     }
 )
 

@@ -29,6 +29,7 @@ GIVEN = {
     "fixup_remove_norms": "taper",
     "fixup_removal_updates": 300,
     "fixup_removal_anchor": 0.5,
+    "fixup_removal_distil": 0.25,
     "fixup_log_gradients": True,
 }
 OTHER = FixupOptions(**{name.removeprefix("fixup_"): value for name, value in GIVEN.items()})

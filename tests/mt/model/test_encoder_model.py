@@ -244,7 +244,7 @@ def test_its_options_are_those_of_an_encoder() -> None:
     ours = {"--" + name.replace("_", "-") for name in get_type_hints(FixupOptions)}
     ours = {flag.replace("--", "--fixup-", 1) for flag in ours}
     of_removal = {"--fixup-from-layernorm", "--fixup-remove-norms"}
-    of_removal |= {"--fixup-removal-updates", "--fixup-removal-anchor"}
+    of_removal |= {f"--fixup-removal-{part}" for part in ("updates", "anchor", "distil")}
     assert ours - flags == of_removal
     assert not [f for f in flags if re.search("decoder|adaptive|cross|target|normalize", f)]
     assert {"--encoder-layers", "--max-positions", "--pooler-dropout", "--dropout"} < flags

@@ -273,6 +273,32 @@ def test_a_run_that_goes_on_is_the_same_bit_for_bit(
     assert 0 < torch.stack(gates).mean() < 1
 
 
+def test_a_teacher_holds_the_words_of_the_model_as_it_was(
+    layernorm: Path, data_bin: Path, tmp_path: Path
+) -> None:
+    """It is nearer to the model with norms than without a teacher; no checkpoint holds it, and a
+    run that goes on has it again.
+    """
+
+    def logged(save_dir: Path, *more: object) -> list[float]:
+        more = ("--fixup-remove-norms", "at_once", "--fixup-removal-anchor", 0, *more)
+        done = _remove(data_bin, layernorm, save_dir, *more)
+        found = re.findall(r'"divergence": "([^"]+)"', done.stdout + done.stderr)
+        return [float(value) for value in found]
+
+    hard, soft = tmp_path / "hard", tmp_path / "soft"
+    weak = logged(hard, "--fixup-removal-distil", 1e-6)
+    strong = logged(soft, "--fixup-removal-distil", 30, "--max-update", 12)
+    strong += logged(soft, "--fixup-removal-distil", 30)
+    assert strong[0] == pytest.approx(weak[0], rel=0.2)
+    assert strong[-1] < 0.5 * weak[-1]
+    one, other = (
+        torch.load(folder / "checkpoint_last.pt", weights_only=False)["model"]
+        for folder in (hard, soft)
+    )
+    assert one.keys() == other.keys() and not any("teacher" in name for name in one)
+
+
 def _refused(done: Any, *words: str) -> None:
     said = done.stdout + done.stderr
     assert done.returncode and "Traceback" not in said
@@ -311,6 +337,9 @@ def test_an_export_before_the_end_is_refused(
         (("--arch", "transformer_fixup_lm"),
          ("is a model of --arch transformer, which cannot become one of",)),
         (("--fixup-method", "fixup"), ("--fixup-method is fixup, and",)),
+        (("--fixup-removal-distil", -1), ("--fixup-removal-distil is -1.0: it cannot be",)),
+        (("--fixup-removal-distil", 1, "--fixup-remove-norms", "none"),
+         ("--fixup-removal-distil learns from the model with norms while they go",)),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(
