@@ -3,13 +3,14 @@
 ``python benchmarks/mt_generate.py [--layers 3 --width 256 ...]`` translates one batch of random
 words into ``--length`` pieces, no more and no less, with every contestant: fairseq's own
 ``transformer`` (pre-norm) and ``transformer_fixup`` in ``SequenceGenerator``, as
-``fairseq-generate`` runs it, and the latter exported to CTranslate2, in float32 and int8. The
+``fairseq-generate`` runs it, and both exported to CTranslate2, in float32 and int8. The
 weights are those of no training, but none is 0; how long a step takes does not depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import subprocess
@@ -31,6 +32,7 @@ import fixup_mt  # noqa: F401 (registers the models)
 from fixup_mt.serving import ctranslate2_model
 
 FIXUP = {"_name": "transformer_fixup"}
+SERVED_NORMS = FIXUP | {"fixup_method": "prenorm"}
 SERVED_BATCH = 16
 """Sentences at a time; every thread takes batches of its own."""
 ENGINE = """
@@ -54,13 +56,17 @@ def main() -> None:
     batch = torch.randint(words.nspecial, len(words), shape)
     with tempfile.TemporaryDirectory() as folder:
         layernorm, fixup = (_model(args, task, options) for options in (PRE_NORM, FIXUP))
-        ctranslate2_model.write(Path(folder), fixup, task)
         steps = {
             "LayerNorm, fairseq": _fairseq(args, task, layernorm, batch),
             "Fixup, fairseq": _fairseq(args, task, fixup, batch),
-            "Fixup, CTranslate2 float32": _served(args, words, folder, batch, "float32"),
-            "Fixup, CTranslate2 int8": _served(args, words, folder, batch, "int8"),
         }
+        served = {"LayerNorm": _model(args, task, SERVED_NORMS), "Fixup": fixup}
+        for (name, model), kind in itertools.product(served.items(), ("float32", "int8")):
+            target = Path(folder) / name
+            if not target.exists():
+                target.mkdir()
+                ctranslate2_model.write(target, model, task)
+            steps[f"{name}, CTranslate2 {kind}"] = _served(args, words, target, batch, kind)
         summary = compare(steps, args.rounds)
     show(f"{args.sentences} sentences of {args.length} pieces, beam {args.beam}", summary)
     for name, row in summary.items():
@@ -92,11 +98,11 @@ def _fairseq(
 
 
 def _served(
-    args: argparse.Namespace, words: Dictionary, folder: str, batch: torch.Tensor, kind: str
+    args: argparse.Namespace, words: Dictionary, folder: Path, batch: torch.Tensor, kind: str
 ) -> Callable[[], Any]:
     length = {"min_decoding_length": args.length, "max_decoding_length": args.length}
     order = {
-        "model": {"model_path": folder, "compute_type": kind, "inter_threads": args.threads},
+        "model": {"model_path": str(folder), "compute_type": kind, "inter_threads": args.threads},
         "source": [[words.symbols[i] for i in row] for row in batch.tolist()],
         "options": {"beam_size": args.beam, "max_batch_size": SERVED_BATCH, **length},
     }

@@ -15,14 +15,14 @@ RUNS_DIR/results.tsv as it comes, and printed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from logs import valid_losses
 
 PLUGIN = Path(__file__).resolve().parent
 DEVICES = {
@@ -76,7 +76,6 @@ COMMON = [
 ]
 SCHEDULE = ["--lr-scheduler", "inverse_sqrt", "--warmup-init-lr", "1e-07"]
 """Of a run whose flags name no other."""
-VALID = re.compile(r"\| valid \| (\{.*\})")
 
 
 def main() -> None:
@@ -117,8 +116,7 @@ def run(data_bin: Path, runs: Path, name: str, settings: list[str], flags: list[
 
 
 def record(runs: Path, name: str, flags: list[str]) -> None:
-    logged = VALID.findall((runs / name / "train.log").read_text())
-    losses = [float(json.loads(line)["valid_loss"]) for line in logged]
+    losses = list(valid_losses(runs / name).values())
     row = f"{name}\t{min(losses):.3f}\t{losses}\t{' '.join(flags)}"
     with (runs / "results.tsv").open("a") as table:
         table.write(row + "\n")

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("data_bin", type=Path)
     parser.add_argument("subset")
     parser.add_argument("checkpoints", type=Path, nargs="+")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     fixup_mt.register()
     for checkpoint in args.checkpoints:

@@ -5,26 +5,26 @@
 RAW holds ``val.en`` and ``test_2016_flickr.en``. What translates is the mean of the N neighbouring
 checkpoints of a run that are best on the validation set, or its last one. The length penalty is
 the one that is best on the validation set, of those given. Each run's folder gets ``valid.txt``,
-``test.txt`` and ``score.json``; what has them is skipped.
+``test.txt`` and ``score.json``; one that has them, by these settings and since its last update,
+is skipped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import sacrebleu
 import torch
 from fairseq import checkpoint_utils, utils
+from logs import valid_losses
 
 import fixup_mt
 from fixup_mt.scoring.average import average_checkpoints, best_window, save_atomically
 
 REFERENCES = {"valid": "val.en", "test": "test_2016_flickr.en"}
-VALID = re.compile(r"\| valid \| (\{.*\})")
 WORDS_A_BATCH = 4096
 
 
@@ -36,14 +36,26 @@ def main() -> None:
     parser.add_argument("--average", type=int, default=0, help="checkpoints; 0: the last one alone")
     parser.add_argument("--lenpens", type=float, nargs="+", default=[1.0, 1.5, 2.0])
     parser.add_argument("--beam", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     fixup_mt.register()
     utils.import_user_module(argparse.Namespace(user_dir=str(Path(__file__).parent)))
     for run in args.runs:
-        if not (run / "score.json").exists():
+        if not scored(run, settings_of(args)):
             score(run, args)
         print(run.name, (run / "score.json").read_text(), flush=True)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("average", "lenpens", "beam")}
+
+
+def scored(run: Path, settings: dict[str, Any]) -> bool:
+    """Whether it was, by these settings, and has not been trained since."""
+    file, log = run / "score.json", run / "train.log"
+    if not file.exists() or file.stat().st_mtime < log.stat().st_mtime:
+        return False
+    return json.loads(file.read_text()).get("settings") == settings
 
 
 def score(run: Path, args: argparse.Namespace) -> None:
@@ -64,7 +76,8 @@ def score(run: Path, args: argparse.Namespace) -> None:
     lines = translate(model, task, "test", lenpen, args)
     (run / "test.txt").write_text("".join(f"{line}\n" for line in lines))
     numbers = {
-        "valid_loss": valid_loss(run / "train.log"),
+        "valid_loss": min(valid_losses(run).values()),
+        "settings": settings_of(args),
         "lenpen": lenpen,
         "valid_bleu": valid,
         "test_bleu": bleu(lines, args.raw, "test"),
@@ -76,8 +89,7 @@ def checkpoint_of(run: Path, average: int) -> Path:
     if not average:
         return run / "checkpoint_last.pt"
     path = run / "averaged.pt"
-    if not path.exists():
-        save_atomically(average_checkpoints(best_window(run, average)), path)
+    save_atomically(average_checkpoints(best_window(run, average)), path)
     return path
 
 
@@ -104,12 +116,6 @@ def translate(
 def bleu(lines: list[str], raw: Path, subset: str) -> float:
     references = (raw / REFERENCES[subset]).read_text().splitlines()
     return sacrebleu.corpus_bleu(lines, [references]).score
-
-
-def valid_loss(log: Path) -> float:
-    """The lowest of the run, in bits."""
-    logged = VALID.findall(log.read_text())
-    return min(float(json.loads(line)["valid_loss"]) for line in logged)
 
 
 if __name__ == "__main__":

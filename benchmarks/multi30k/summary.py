@@ -18,12 +18,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from logs import valid_losses
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
 from fixup_core.measure.figures import Curve, Panel, draw
 
-VALID = re.compile(r"\| valid \| (\{.*\})")
 NAME = re.compile(r"(.+)_s(\d+)")
 Runs = dict[str, dict[int, Path]]
 
@@ -63,15 +63,9 @@ def find(folder: Path) -> Runs:
             found[match[1]][int(match[2])] = score.parent
 
     def loss(method: str) -> float:
-        return mean(min(value for _, value in losses(run)) for run in found[method].values())
+        return mean(min(valid_losses(run).values()) for run in found[method].values())
 
     return {method: found[method] for method in sorted(found, key=loss)}
-
-
-def losses(run: Path) -> list[tuple[int, float]]:
-    """(Updates, validation loss in bits) after each epoch."""
-    logged = [json.loads(line) for line in VALID.findall((run / "train.log").read_text())]
-    return [(int(row["valid_num_updates"]), float(row["valid_loss"])) for row in logged]
 
 
 def shown(scores: list[dict[str, Any]], key: str, form: str) -> str:
@@ -101,7 +95,7 @@ def significance(raw: Path, baseline: dict[int, Path], seeds: dict[int, Path]) -
 
 def curve(method: str, seeds: dict[int, Path]) -> Curve:
     """The means over the seeds, epoch by epoch; half precision may skip an update or two of one."""
-    epochs = zip(*(losses(run) for run in seeds.values()), strict=False)
+    epochs = zip(*(valid_losses(run).items() for run in seeds.values()), strict=False)
     return Curve(method, [(rows[0][0], mean(loss for _, loss in rows)) for rows in epochs])
 
 

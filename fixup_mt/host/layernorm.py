@@ -75,13 +75,15 @@ def start_from_layernorm(original: Any) -> Any:
             return loaded
         options = FixupOptions.of(trainer.cfg.model)
         file, distil = options.from_layernorm, options.removal_distil
-        if file and not trainer.get_num_updates():
-            load_layernorm_(trainer.model, saved_model(file)[0], file)
-            # In half precision the optimiser has copied the weights that were there before.
-            trainer.reinitialize()
-        if file and distil:
+        fresh = not trainer.get_num_updates()
+        if file and (fresh or distil):
             saved = saved_model(file)[0]
-            trainer.get_model().teacher = make_teacher(trainer, saved, file, distil)
+            if fresh:
+                load_layernorm_(trainer.model, saved, file)
+                # In half precision the optimiser has copied the weights that were there before.
+                trainer.reinitialize()
+            if distil:
+                trainer.get_model().teacher = make_teacher(trainer, saved, file, distil)
         return loaded
 
     return load_checkpoint
@@ -122,7 +124,12 @@ def hold_the_logits(original: Any) -> Any:
             metrics.log_scalar("norms_left", removal.share, priority=600, round=3)
             more = {} if removal.anchor is None else {"anchor": (1.0, removal.loss())}
             if teacher is not None:
-                more["divergence"] = (teacher.weight, teacher.divergence(seen[-1], sample))
+                if len(seen) != 1:
+                    raise UserError(
+                        f"--fixup-removal-distil: the criterion calls the model {len(seen)} times "
+                        "a step; take one that calls it once, or leave the teacher out"
+                    )
+                more["divergence"] = (teacher.weight, teacher.divergence(seen[0], sample))
             for name, (weight, value) in more.items():
                 metrics.log_scalar(name, value.item(), priority=600, round=5)
                 loss = loss + sample_size * weight * value.to(loss)
@@ -187,15 +194,7 @@ def take_over_(options: Namespace, saved: Namespace, line: Sequence[str], file: 
 
 
 def check_removal(options: Any) -> None:
-    """Raise ``UserError`` where the run ends before the last norm is gone, or has no teacher."""
-    distil = getattr(options, "fixup_removal_distil", None) or 0.0
-    if distil < 0:
-        raise UserError(f"--fixup-removal-distil is {distil}: it cannot be negative")
-    if distil and (not options.fixup_from_layernorm or options.fixup_remove_norms == "none"):
-        raise UserError(
-            "--fixup-removal-distil learns from the model with norms while they go: give it, "
-            "--fixup-from-layernorm CHECKPOINT, and --fixup-remove-norms"
-        )
+    """Raise ``UserError`` where the run ends before the last norm is gone."""
     if getattr(options, "fixup_remove_norms", "none") in ("none", None, "at_once"):
         return
     length, removal = getattr(options, "max_update", 0), options.fixup_removal_updates

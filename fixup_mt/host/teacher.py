@@ -31,9 +31,14 @@ class Teacher:
     def divergence(self, outputs: Any, sample: Mapping[str, Any]) -> Tensor:
         """Of what the learner returned, a mean over the words of a batch."""
         with torch.no_grad():
-            targets = self.model(**sample["net_input"])
+            targets = logits_in(self.model(**sample["net_input"]))
         words = sample["target"].ne(self.padding)
-        return divergence(logits_in(outputs)[words], logits_in(targets)[words])
+        words = words.repeat(len(targets) // len(words), 1)  # R-Drop has every sentence twice
+        return divergence(logits_in(outputs)[words], targets[words])
+
+    def __deepcopy__(self, memo: Any) -> Teacher:
+        # fairseq's moving average is a copy of the model; one teacher is enough.
+        return self
 
 
 def make_teacher(trainer: Any, saved: Mapping[str, Tensor], file: str, weight: float) -> Teacher:
@@ -46,7 +51,8 @@ def make_teacher(trainer: Any, saved: Mapping[str, Tensor], file: str, weight: f
         weight: Of the divergence.
     """
     settings = copy.deepcopy(trainer.cfg.model)
-    settings.fixup_remove_norms = "none"
+    settings.fixup_remove_norms, settings.fixup_removal_distil = "none", 0.0
+    settings.fixup_logit_cap = 0.0
     # Not the task's build_model, which would go on to translate with this one.
     model: Any = models.build_model(settings, trainer.task)
     load_layernorm_(model, saved, file)

@@ -6,6 +6,8 @@ batch, G hypotheses of a sentence.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,6 @@ from fairseq.modules import MultiheadAttention
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fixup_core import ResidualBranch, ScalarMultiplier, WeightLayer
 from fixup_core.rules.method import Multiplier
@@ -24,10 +25,6 @@ from fixup_mt.model.linears import Products, ScalarLinear
 
 QK_EPSILON = 1e-6
 """Added to the mean square of a query or key before its root."""
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""On a GPU. Not cuDNN's, PyTorch's first choice on an H100: it plans anew for each pair of lengths,
-and sentences have many (an H200 needed a tenth of a second for each, and a step took 300 ms for
-40 in the first epoch)."""
 
 
 @dataclass(frozen=True)
@@ -267,8 +264,8 @@ class FixupAttention(MultiheadAttention):
         drops = self.training or self.dropout_module.apply_during_inference
         dropout = self.dropout_module.p if drops else 0.0
         half = q.dtype != torch.float32 and q.dtype != torch.float64
-        if q.is_cuda:
-            with sdpa_kernel(KERNELS):
+        if q.is_cuda and not torch.compiler.is_compiling():
+            with without_cudnn():
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         if q.device.type != "cpu" or not half:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -305,6 +302,21 @@ class FixupAttention(MultiheadAttention):
         dtype = torch.float64 if double else torch.float32
         weights = torch.softmax(logits, dim=-1, dtype=dtype)
         return torch.matmul(self.dropout_module(weights).to(v.dtype), v), weights
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Attention by PyTorch's own kernels, those of them that are allowed outside.
+
+    cuDNN's, the first choice on an H100, plan anew for each pair of lengths, and sentences have
+    many: on an H200 a step of the first epoch took 300 ms, of a later one 40.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def unit_rms(x: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ class FixupOptions:
     removal_distil: float = _option(
         0.0,
         "weight, in the loss, of the divergence from the checkpoint with norms, whose words are "
-        "soft targets while the norms go; 0: none",
+        "soft targets to the end of the run; 0: none",
     )
     log_gradients: bool = _option(False, "log the gradient norm of every layer, to TensorBoard too")
 
@@ -166,7 +166,21 @@ class FixupOptions:
                 f"--fixup-logit-cap is {options.logit_cap:g}: give a number above 0, such as "
                 "50, or 0 for none"
             )
+        if not 0 <= options.removal_distil < math.inf:
+            raise UserError(
+                f"--fixup-removal-distil is {options.removal_distil:g}: give 0 or a weight above"
+            )
+        if options.removal_distil and not (options.from_layernorm and options.removes_norms):
+            raise UserError(
+                "--fixup-removal-distil learns from the model with norms as they go: give it, "
+                "--fixup-from-layernorm CHECKPOINT, and --fixup-remove-norms"
+            )
         return options
+
+    @property
+    def removes_norms(self) -> bool:
+        """Whether norms go while the model trains."""
+        return self.remove_norms != "none"
 
     @property
     def record(self) -> Method:

@@ -45,7 +45,7 @@ def remove_norms_(model: Any, options: FixupOptions) -> None:
         UserError: The method has no layer norms, or the schedule is too short.
     """
     model.removal = None
-    if options.remove_norms == "none":
+    if not options.removes_norms:
         return
     if options.record.name not in METHODS:
         raise UserError(

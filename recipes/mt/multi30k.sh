@@ -2,7 +2,8 @@
 # Multi30k German to English: image captions, 29,000 pairs. A real task that trains on a laptop.
 #
 # Reproduces: nothing published by the Fixup paper; it compares Fixup, T-Fixup and fixup_adam with
-#   LayerNorm (post-norm and pre-norm) on the same small Transformer: 3+3 layers, 256 wide, 1024 inside, 4 heads.
+#   LayerNorm (post-norm and pre-norm) on the same small Transformer: 3+3 layers, 256 wide, 1024
+#   inside, 4 heads.
 # Target: the sacreBLEU scores on test_2016_flickr in recipes/README.md.
 # Hardware: two CPU cores, 4 GB of memory, 2 GB of disk a run. One GPU is used where there is one.
 # Time (estimates): preparation 1 minute; training some hours on two cores, minutes on a GPU.
@@ -29,8 +30,8 @@ AVERAGE=5
 
 METHODS=(fixup t_fixup fixup_adam postnorm prenorm)
 
-# What differs between the methods, chosen on the validation set: dropout of 0.1 and 0.3, the length
-# that belongs to it, and the length penalty of 1, 1.5 and 2.
+# What differs between the methods, chosen on the validation set: of Fixup and LayerNorm the dropout of
+# 0.1 and 0.3 and the length that belongs to it, of all the length penalty of 1, 1.5 and 2.
 set_method_flags() {
     case "$METHOD" in
         fixup | t_fixup | fixup_adam)

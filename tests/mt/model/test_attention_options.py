@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fixup_core import METHODS, scalars
 from fixup_mt.errors import UserError
 from fixup_mt.model import attention
-from fixup_mt.model.attention import FixupAttention
+from fixup_mt.model.attention import FixupAttention, without_cudnn
 from fixup_mt.serving import export
 from tests.mt.helpers import batch, build, build_lm, task, trained
 
@@ -193,3 +193,11 @@ def test_formats_without_them_say_so(name: str, flag: str, form: str, tmp_path: 
     with pytest.raises(UserError, match=f"{flag} has attention that .* give --format onnx"):
         _export(model, tmp_path / "out", form)
     assert not list(tmp_path.iterdir())
+
+
+def test_cudnns_kernels_are_left_and_come_back() -> None:
+    flags = torch.backends.cuda
+    before = flags.cudnn_sdp_enabled(), flags.flash_sdp_enabled()
+    with without_cudnn():
+        assert (flags.cudnn_sdp_enabled(), flags.flash_sdp_enabled()) == (False, before[1])
+    assert (flags.cudnn_sdp_enabled(), flags.flash_sdp_enabled()) == before

@@ -73,7 +73,7 @@ def test_a_choice_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_built_model_carries_them() -> None:
     # A method without norms has none to take out.
-    other = {"compile": False, "remove_norms": "none"}
+    other = {"compile": False, "remove_norms": "none", "removal_distil": 0.0}
     model = build(**GIVEN | {f"fixup_{name}": value for name, value in other.items()})
     assert model.cfg.fixup == dataclasses.replace(OTHER, **other)
     assert model.encoder.autocast is model.decoder.autocast is torch.bfloat16

@@ -337,9 +337,10 @@ def test_an_export_before_the_end_is_refused(
         (("--arch", "transformer_fixup_lm"),
          ("is a model of --arch transformer, which cannot become one of",)),
         (("--fixup-method", "fixup"), ("--fixup-method is fixup, and",)),
-        (("--fixup-removal-distil", -1), ("--fixup-removal-distil is -1.0: it cannot be",)),
+        (("--fixup-removal-distil", -1), ("--fixup-removal-distil is -1: give 0 or",)),
+        (("--fixup-removal-distil", "nan"), ("--fixup-removal-distil is nan: give 0 or",)),
         (("--fixup-removal-distil", 1, "--fixup-remove-norms", "none"),
-         ("--fixup-removal-distil learns from the model with norms while they go",)),
+         ("--fixup-removal-distil learns from the model with norms as they go",)),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(
