@@ -173,7 +173,9 @@ def _export(model: Any, place: Path, form: str) -> None:
     export.export(model, task(), SimpleNamespace(**arguments))
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", [n if n == "both" else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS]
+)
 @pytest.mark.parametrize("make", [build, build_lm])
 def test_onnx_gives_the_models_log_probabilities(name: str, make: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")

@@ -279,6 +279,8 @@ def test_a_teacher_holds_the_words_of_the_model_as_it_was(
     """It is nearer to the model with norms than without a teacher; no checkpoint holds it, and a
     run that goes on has it again.
     """
+    if layernorm.parent.name == "postnorm":
+        pytest.skip("the same for both")
 
     def logged(save_dir: Path, *more: object) -> list[float]:
         more = ("--fixup-remove-norms", "at_once", "--fixup-removal-anchor", 0, *more)
