@@ -4,7 +4,7 @@
 trains GPT-2 and Llama (4 layers, 128 wide) on the bytes of a text for ``--base`` steps; then goes
 on for ``--steps`` from there in several ways: with the norms kept, and without, by each schedule.
 Every finished training is a line of ``results.jsonl``; another start goes on behind it. ``--table``
-prints all: losses in nats on validation data, over bytes, and what the norms cost in inference.
+prints those of this length: losses in nats on validation data, over bytes, and what the norms cost in inference.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "results.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = [row for row in rows if (row["base"], row["steps"]) == (args.base, args.steps)]
     if args.table:
         _print_table(done)
         return
