@@ -25,7 +25,7 @@ def test_the_search_benchmark_times_every_contestant(tmp_path: Path) -> None:
     sizes = {"layers": 1, "width": 16, "ffn": 16, "heads": 2, "words": 50, "rounds": 1}
     more = {"sentences": 2, "length": 4, "threads": 1, "json": tmp_path / "result.json"}
     _run("benchmarks/mt_generate.py", sizes | more)
-    assert len(json.loads((tmp_path / "result.json").read_text())["seconds"]) == 4
+    assert len(json.loads((tmp_path / "result.json").read_text())["seconds"]) == 6
 
 
 @pytest.mark.slow
