@@ -4,7 +4,8 @@
 trains GPT-2 and Llama (4 layers, 128 wide) on the bytes of a text for ``--base`` steps; then goes
 on for ``--steps`` from there in several ways: with the norms kept, and without, by each schedule.
 Every finished training is a line of ``results.jsonl``; another start goes on behind it. ``--table``
-prints those of this length: losses in nats on validation data, over bytes, and what the norms cost in inference.
+prints those of this length: losses in nats on validation data, over bytes, and what the norms cost
+in inference.
 """
 
 from __future__ import annotations
