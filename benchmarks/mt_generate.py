@@ -10,7 +10,6 @@ weights are those of no training, but none is 0; how long a step takes does not 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import subprocess
@@ -61,12 +60,12 @@ def main() -> None:
             "Fixup, fairseq": _fairseq(args, task, fixup, batch),
         }
         served = {"LayerNorm": _model(args, task, SERVED_NORMS), "Fixup": fixup}
-        for (name, model), kind in itertools.product(served.items(), ("float32", "int8")):
+        for name, model in served.items():
             target = Path(folder) / name
-            if not target.exists():
-                target.mkdir()
-                ctranslate2_model.write(target, model, task)
-            steps[f"{name}, CTranslate2 {kind}"] = _served(args, words, target, batch, kind)
+            target.mkdir()
+            ctranslate2_model.write(target, model, task)
+            for kind in ("float32", "int8"):
+                steps[f"{name}, CTranslate2 {kind}"] = _served(args, words, target, batch, kind)
         summary = compare(steps, args.rounds)
     show(f"{args.sentences} sentences of {args.length} pieces, beam {args.beam}", summary)
     for name, row in summary.items():

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
-from fairseq import checkpoint_utils, utils
 from torch import Tensor
-
-import fixup_mt
+from trained import batches, load
 
 PERCENTILES = (0.5, 0.95, 0.99)
+WORDS_A_BATCH = 4000
 
 
 def main() -> None:
@@ -27,7 +25,6 @@ def main() -> None:
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
-    fixup_mt.register()
     for checkpoint in args.checkpoints:
         losses = losses_of(checkpoint, args.data_bin, args.subset, args.device)
         shown = [losses.mean(), *torch.quantile(losses, torch.tensor(PERCENTILES))]
@@ -38,16 +35,9 @@ def main() -> None:
 @torch.no_grad()
 def losses_of(checkpoint: Path, data_bin: Path, subset: str, device: str) -> Tensor:
     """Of every word of the subset, in bits."""
-    utils.import_user_module(argparse.Namespace(user_dir=str(Path(__file__).parent)))
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task(
-        [str(checkpoint)], arg_overrides={"data": str(data_bin)}
-    )
-    model: Any = models[0].eval().to(device)
-    task.load_dataset(subset)
+    model, task = load(checkpoint, data_bin, device)
     found = []
-    batches = task.get_batch_iterator(task.dataset(subset), max_tokens=4000)
-    for sample in batches.next_epoch_itr(shuffle=False):
-        sample = utils.move_to_cuda(sample) if device == "cuda" else sample
+    for sample in batches(task, subset, WORDS_A_BATCH, device):
         logits = model(**sample["net_input"])[0].float()
         target = sample["target"]
         logs = logits.log_softmax(-1).gather(2, target[:, :, None])[:, :, 0]

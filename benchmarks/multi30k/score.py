@@ -18,10 +18,9 @@ from typing import Any
 
 import sacrebleu
 import torch
-from fairseq import checkpoint_utils, utils
 from logs import valid_losses
+from trained import batches, load
 
-import fixup_mt
 from fixup_mt.scoring.average import average_checkpoints, best_window, save_atomically
 
 REFERENCES = {"valid": "val.en", "test": "test_2016_flickr.en"}
@@ -38,8 +37,6 @@ def main() -> None:
     parser.add_argument("--beam", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
-    fixup_mt.register()
-    utils.import_user_module(argparse.Namespace(user_dir=str(Path(__file__).parent)))
     for run in args.runs:
         if not scored(run, settings_of(args)):
             score(run, args)
@@ -60,10 +57,7 @@ def scored(run: Path, settings: dict[str, Any]) -> bool:
 
 def score(run: Path, args: argparse.Namespace) -> None:
     path = checkpoint_of(run, args.average)
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task(
-        [str(path)], arg_overrides={"data": str(args.data_bin)}
-    )
-    model = models[0].eval().to(args.device)
+    model, task = load(path, args.data_bin, args.device)
     if args.device == "cuda":
         model.half()
     found = {}
@@ -98,14 +92,10 @@ def translate(
     model: Any, task: Any, subset: str, lenpen: float, args: argparse.Namespace
 ) -> list[str]:
     """The sentences of a subset, in its order."""
-    if subset not in task.datasets:
-        task.load_dataset(subset)
     settings = argparse.Namespace(beam=args.beam, lenpen=lenpen)
     generator = task.build_generator([model], settings)
     found = {}
-    batches = task.get_batch_iterator(task.dataset(subset), max_tokens=WORDS_A_BATCH)
-    for sample in batches.next_epoch_itr(shuffle=False):
-        sample = utils.move_to_cuda(sample) if args.device == "cuda" else sample
+    for sample in batches(task, subset, WORDS_A_BATCH, args.device):
         hypotheses = task.inference_step(generator, [model], sample)
         for number, best in zip(sample["id"].tolist(), hypotheses, strict=True):
             tokens = best[0]["tokens"].int().cpu()

@@ -124,12 +124,7 @@ def hold_the_logits(original: Any) -> Any:
             metrics.log_scalar("norms_left", removal.share, priority=600, round=3)
             more = {} if removal.anchor is None else {"anchor": (1.0, removal.loss())}
             if teacher is not None:
-                if len(seen) != 1:
-                    raise UserError(
-                        f"--fixup-removal-distil: the criterion calls the model {len(seen)} times "
-                        "a step; take one that calls it once, or leave the teacher out"
-                    )
-                more["divergence"] = (teacher.weight, teacher.divergence(seen[0], sample))
+                more["divergence"] = (teacher.weight, teacher.divergence(seen, sample))
             for name, (weight, value) in more.items():
                 metrics.log_scalar(name, value.item(), priority=600, round=5)
                 loss = loss + sample_size * weight * value.to(loss)

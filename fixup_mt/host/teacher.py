@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from fairseq import models
 from torch import Tensor, nn
 
 from fixup_core.removal.distilling import divergence, logits_in
+from fixup_mt.errors import UserError
 from fixup_mt.model.removing import load_layernorm_
 
 
@@ -28,13 +29,22 @@ class Teacher:
     def __init__(self, model: nn.Module, weight: float, padding: int) -> None:
         self.model, self.weight, self.padding = model.eval().requires_grad_(False), weight, padding
 
-    def divergence(self, outputs: Any, sample: Mapping[str, Any]) -> Tensor:
-        """Of what the learner returned, a mean over the words of a batch."""
+    def divergence(self, seen: Sequence[Any], sample: Mapping[str, Any]) -> Tensor:
+        """Of what the learner returned in a step, a mean over the words of a batch.
+
+        Raises:
+            UserError: It was not called once.
+        """
+        if len(seen) != 1:
+            raise UserError(
+                f"--fixup-removal-distil: the criterion calls the model {len(seen)} times a step; "
+                "take one that calls it once, or leave the teacher out"
+            )
         with torch.no_grad():
             targets = logits_in(self.model(**sample["net_input"]))
         words = sample["target"].ne(self.padding)
         words = words.repeat(len(targets) // len(words), 1)  # R-Drop has every sentence twice
-        return divergence(logits_in(outputs)[words], targets[words])
+        return divergence(logits_in(seen[0])[words], targets[words])
 
     def __deepcopy__(self, memo: Any) -> Teacher:
         # fairseq's moving average is a copy of the model; one teacher is enough.

@@ -93,7 +93,7 @@ def fold_transformer(model: nn.Module) -> dict[str, Tensor]:
             result[f"{name}.embed_tokens.weight"] = stack.embed_tokens.weight * start
             if isinstance(stack.embed_positions, nn.Embedding):
                 result[f"{name}.embed_positions.weight"] = stack.embed_positions.weight * start
-            ends[name] = _fold_stack(result, name, stack, ends["encoder"])
+            ends[name] = _fold_stack(result, name, stack, start, ends["encoder"])
         slot, stream = ends["decoder"]
         _fold(
             result,
@@ -219,14 +219,17 @@ def _start(stack: Any) -> Tensor:
     return first * min(sizes) if min(sizes) < MODERATE else first
 
 
-def _fold_stack(result: dict[str, Tensor], name: str, stack: Any, memory: Before) -> Before:
-    """``memory`` is what the keys and values of cross-attention go through first.
+def _fold_stack(
+    result: dict[str, Tensor], name: str, stack: Any, start: Tensor, memory: Before
+) -> Before:
+    """``start`` is what the embeddings have been multiplied by, ``memory`` what the keys and values
+    of cross-attention go through first.
 
     Returns:
         What the layers that read this stack go through first.
     """
     factors = _factors(stack)
-    factor, start = next(factors), _start(stack)
+    factor = next(factors)
     width = stack.embed_tokens.embedding_dim
     unit = (factor / start).expand(width) if _maps(stack) else None
     stream = Stream(1 / start, unit=unit)
