@@ -238,7 +238,7 @@ def _converted(net: nn.Module, plan: ConversionPlan, method: Method) -> tuple[Co
         ConvertedBranch(
             branch.name,
             place.branch.layers_per_branch,
-            method.factor(scaled[id(place.branch)]) if id(place.branch) in scaled else 0.0,
+            method.weight_factor(scaled[id(place.branch)]) if id(place.branch) in scaled else 0.0,
             tuple(layer.weight for layer in branch.layers),
             branch.gates,
         )

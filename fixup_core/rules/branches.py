@@ -16,7 +16,7 @@ that a stack begins with, each with the stack's name.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,19 +132,34 @@ class Place:
 
     branch: ResidualBranch
     position: int
-    num_branches: int
-    block: int
-    blocks: dict[str, int]
-    branches: dict[str, int]
+    num_branches: float
+    block: float
+    blocks: Mapping[str, float]
+    branches: Mapping[str, float]
 
     @property
-    def stack_blocks(self) -> int:
+    def stack_blocks(self) -> float:
         """The blocks of its own stack."""
         return self.blocks[self.branch.stack]
 
     @property
     def layer(self) -> WeightLayer:
         return self.branch.layers[self.position]
+
+    def in_network_of(self, num_branches: float) -> Place:
+        """The place at the same share of the depth in a network of the same shape.
+
+        Args:
+            num_branches: L of that network. Blocks need not be whole there.
+        """
+        share = num_branches / self.num_branches
+        return replace(
+            self,
+            num_branches=num_branches,
+            block=share * self.block,
+            blocks={stack: share * number for stack, number in self.blocks.items()},
+            branches={stack: share * number for stack, number in self.branches.items()},
+        )
 
     @property
     def last(self) -> bool:

@@ -5,6 +5,8 @@ The numbers stand in ``rules.scaling``; here is which place takes which number.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fixup_core.rules.branches import INSIDE_SOFTMAX, Place
 from fixup_core.rules.scaling import (
     admin_omega,
@@ -58,7 +60,7 @@ def t_fixup_factor(place: Place) -> float:
     return scale * PER_MATRIX if role == "value" else scale
 
 
-def t_fixup_embeddings(stacks: set[str], blocks: dict[str, int]) -> float:
+def t_fixup_embeddings(stacks: set[str], blocks: Mapping[str, float]) -> float:
     """Shared embeddings are the encoder's."""
     stack = "encoder" if "encoder" in stacks else "decoder"
     return t_fixup_embedding_scale(blocks[stack])

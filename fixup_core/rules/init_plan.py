@@ -123,7 +123,8 @@ class InitPlan:
             if place.last and self.method.zero_last:
                 self._zero(place.layer, "branch", factor=0.0, **where)
             else:
-                self._drawn(place.layer, "branch", factor=self.method.factor(place), **where)
+                factor = self.method.weight_factor(place)
+                self._drawn(place.layer, "branch", factor=factor, **where)
 
     def _add_vectors(self, place: Place) -> None:
         """The vectors on a branch and on its shortcut, once for each branch."""
@@ -184,10 +185,11 @@ class InitPlan:
 
     def _embedding_factor(self, layer: WeightLayer) -> dict[str, float]:
         """What the report says of the embeddings that a stack begins with."""
-        stacks, rule = self.stacks.get(id(layer.parameter)), self.method.embeddings
-        if stacks is None or rule is None:
+        stacks = self.stacks.get(id(layer.parameter))
+        if stacks is None or not self.places:
             return {}
-        return {"factor": rule(stacks, self.places[0].blocks)}
+        factor = self.method.embedding_factor(stacks, self.places[0])
+        return {} if factor is None else {"factor": factor}
 
     def _done(self, key: int) -> bool:
         return key in self.entries or key in self.kept

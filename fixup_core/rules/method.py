@@ -6,7 +6,7 @@ know no method by its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -56,6 +56,8 @@ class Method:
         depth_power: Branches are multiplied by the fixed number ``(c / L) ** depth_power``, c the
             ``base_branches``; ``None``: by none.
         base_branches: c, the residual branches of the network at which the rate was tuned.
+        starts_at_base: ``factor`` and ``embeddings`` are those of a network of c branches, so that
+            the fixed number is all that depends on the depth.
         branch_scale: Branches are multiplied by this fixed number, at any depth, and what enters
             one is divided by the standard deviation that the sum of the branches before it has if
             each has a variance of 1; ``None``: neither.
@@ -83,7 +85,7 @@ class Method:
     source: str
     differs: str = ""
     factor: Rule = no_factor
-    embeddings: Callable[[set[str], dict[str, int]], float] | None = None
+    embeddings: Callable[[set[str], Mapping[str, float]], float] | None = None
     zero_last: bool = False
     zero_head: bool = False
     head_prior: bool = False
@@ -93,6 +95,7 @@ class Method:
     shared_multiplier: bool = False
     depth_power: float | None = None
     base_branches: float = BASE_BRANCHES
+    starts_at_base: bool = False
     branch_scale: float | None = None
     channel_multiplier: Rule | None = None
     shortcut: Rule | None = None
@@ -143,6 +146,22 @@ class Method:
                 f"the method {self.name!r} has no factor of the depth, so no base branches"
             )
         return replace(self, base_branches=branches)
+
+    def weight_factor(self, place: Place) -> float:
+        """Of the standard deviation of the weight at a place."""
+        return self.factor(self._start_of(place))
+
+    def embedding_factor(self, stacks: set[str], place: Place) -> float | None:
+        """Of the standard deviation of the embeddings that those stacks begin with.
+
+        Args:
+            stacks: Their names.
+            place: Any of the network.
+        """
+        return self.embeddings and self.embeddings(stacks, self._start_of(place).blocks)
+
+    def _start_of(self, place: Place) -> Place:
+        return place.in_network_of(self.base_branches) if self.starts_at_base else place
 
     def depth_rule(self) -> Rule | None:
         """The fixed number on every branch."""

@@ -184,6 +184,19 @@ _RIVALS = (
         only=TRANSFORMERS,
     ),
     _plain(
+        "t_fixup_adam",
+        "T-Fixup as it starts at c branches, at any depth: branches times the fixed number c / L",
+        "Huang et al. 2020, carried over to depth; exponent as Dey et al. 2025",
+        differs="the scales of a network of c branches, 3 + 3 layers by default, at every depth; "
+        "the output starts at the frequencies of the words",
+        factor=t_fixup_factor,
+        embeddings=t_fixup_embeddings,
+        head_prior=True,
+        depth_power=1.0,
+        starts_at_base=True,
+        only=TRANSFORMERS,
+    ),
+    _plain(
         "prenorm",
         "layer normalisation on the input of every branch",
         "Vaswani et al. 2018 (tensor2tensor)",

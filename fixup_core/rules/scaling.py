@@ -12,7 +12,7 @@ import math
 from fixup_core.errors import UserError
 
 
-def branch_scale(num_branches: int, layers_per_branch: int) -> float:
+def branch_scale(num_branches: float, layers_per_branch: int) -> float:
     """Factor of every weight layer of a residual branch but the last: ``L ** (-1 / (2m - 2))``.
 
     The m - 1 scaled layers together contribute ``L ** (-1/2)``, and so one step of SGD changes
@@ -35,7 +35,7 @@ def branch_scale(num_branches: int, layers_per_branch: int) -> float:
     return num_branches ** (-1 / (2 * layers_per_branch - 2))
 
 
-def complete_scale(num_branches: int, layers_per_branch: int) -> float:
+def complete_scale(num_branches: float, layers_per_branch: int) -> float:
     """Factor ``L ** (-1 / m)``: what a step changes, and how far each layer moves relative to its
     own size, are then both independent of depth, if SGD's rate grows as ``L ** (1 - 2 / m)``.
 
@@ -48,7 +48,7 @@ def complete_scale(num_branches: int, layers_per_branch: int) -> float:
     return num_branches ** (-1 / layers_per_branch)
 
 
-def depth_constant(num_branches: int, base: float, power: float = 1.0) -> float:
+def depth_constant(num_branches: float, base: float, power: float = 1.0) -> float:
     """``(base / L) ** power``: 1 at the depth at which the learning rate was tuned.
 
     With power 1, whole branches times ``c / L``, one step of Adam changes the function by as much
@@ -70,7 +70,7 @@ def depth_constant(num_branches: int, base: float, power: float = 1.0) -> float:
     return (base / num_branches) ** power
 
 
-def t_fixup_scale(stack: str, layers: int) -> float:
+def t_fixup_scale(stack: str, layers: float) -> float:
     """Of T-Fixup's matrices but queries and keys, and of its embeddings (Huang et al. 2020).
 
     Args:
@@ -80,12 +80,12 @@ def t_fixup_scale(stack: str, layers: int) -> float:
     return 0.67 * layers**-0.25 if stack == "encoder" else (9 * layers) ** -0.25
 
 
-def t_fixup_embedding_scale(layers: int) -> float:
+def t_fixup_embedding_scale(layers: float) -> float:
     """Of T-Fixup's embeddings, by the layers of their stack."""
     return (9 * layers) ** -0.25
 
 
-def deepnorm_scales(stack: str, encoder: int, decoder: int) -> tuple[float, float]:
+def deepnorm_scales(stack: str, encoder: float, decoder: float) -> tuple[float, float]:
     """DeepNorm's alpha, on the shortcut, and beta, on the weights (Wang et al. 2022, figure 2).
 
     Args:
@@ -102,7 +102,7 @@ def deepnorm_scales(stack: str, encoder: int, decoder: int) -> tuple[float, floa
     return (3 * decoder) ** 0.25, (12 * decoder) ** -0.25
 
 
-def admin_omega(num_branches: int) -> float:
+def admin_omega(num_branches: float) -> float:
     """Of Admin's shortcuts, for a change of the outputs of O(log n) (Liu et al. 2020).
 
     Args:
@@ -111,7 +111,7 @@ def admin_omega(num_branches: int) -> float:
     return math.sqrt((num_branches + 1) / math.log(num_branches + 1) - 1)
 
 
-def layer_scale_start(layers: int) -> float:
+def layer_scale_start(layers: float) -> float:
     """Where LayerScale's vectors start, by the depth of the stack (Touvron et al. 2021)."""
     if layers <= 18:
         return 0.1

@@ -91,7 +91,8 @@ class FixupOptions:
     base_branches: float = _option(
         BASE_BRANCHES,
         "residual branches of the model whose learning rate is known (5 a pair of layers, 2 a "
-        "layer of a stack alone): fixup_adam, completep and depth_mup take it over to any depth",
+        "layer of a stack alone); fixup_adam, t_fixup_adam, completep and depth_mup take it over "
+        "to any depth",
     )
     scalar_lr_ratio: float = _option(
         1.0, "learning rate of Fixup's scalars divided by that of the weights"

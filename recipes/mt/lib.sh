@@ -17,8 +17,8 @@ COMMON_OPTIONS='Options:
   --data DIR         files already on disk, used instead of a download
   --url URL          another place to download from
   --output DIR       everything the recipe writes (default: runs/NAME in the checkout)
-  --method NAME      fixup, postnorm or prenorm; t_fixup and fixup_adam where the recipe has
-                     them (default: fixup)
+  --method NAME      fixup, postnorm or prenorm; t_fixup, fixup_adam and t_fixup_adam where
+                     the recipe has them (default: fixup)
   --seed N           random seed of the training (default: 1)
   --max-update N     length of the training in updates
   --average N        how many neighbouring checkpoints are averaged (default: 10)

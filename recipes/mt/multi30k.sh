@@ -28,13 +28,13 @@ MODULES=(sentencepiece)
 SPLITS=(train val test_2016_flickr)
 AVERAGE=5
 
-METHODS=(fixup t_fixup fixup_adam postnorm prenorm)
+METHODS=(fixup t_fixup fixup_adam t_fixup_adam postnorm prenorm)
 
 # What differs between the methods, chosen on the validation set: of Fixup and LayerNorm the dropout of
 # 0.1 and 0.3 and the length that belongs to it, of all the length penalty of 1, 1.5 and 2.
 set_method_flags() {
     case "$METHOD" in
-        fixup | t_fixup | fixup_adam)
+        fixup | t_fixup | fixup_adam | t_fixup_adam)
             MAX_UPDATE="${MAX_UPDATE:-5420}"
             LENPEN=2.0
             METHOD_FLAGS=(

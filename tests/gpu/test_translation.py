@@ -40,7 +40,7 @@ def test_attention_leaves_the_kernels_that_plan_for_each_length(monkeypatch) -> 
     torch.testing.assert_close(out.double(), exact, rtol=5e-3, atol=5e-3)
 
 
-@pytest.mark.parametrize("method", ["fixup", "fixup_adam", "t_fixup"])
+@pytest.mark.parametrize("method", ["fixup", "fixup_adam", "t_fixup", "t_fixup_adam"])
 def test_a_training_in_half_precision(method: str, data_bin: Path, tmp_path: Path) -> None:
     flags = [flag for flag in train_flags(data_bin, tmp_path) if flag != "--cpu"]
     fairseq("train", *flags, "--fixup-method", method, "--fp16")

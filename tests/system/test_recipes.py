@@ -187,7 +187,7 @@ def write_slice(folder: Path) -> None:
             (folder / f"{split}.{language}").write_text(lines, encoding="utf-8")
 
 
-@pytest.mark.parametrize("method", ["t_fixup", "fixup_adam"])
+@pytest.mark.parametrize("method", ["t_fixup", "fixup_adam", "t_fixup_adam"])
 def test_multi30k_has_the_rivals_without_norms(method: str, tmp_path: Path) -> None:
     result = run("multi30k.sh", "--method", method, "--dry-run", "--output", tmp_path / "out")
     assert result.returncode == 0, result.stderr

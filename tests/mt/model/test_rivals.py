@@ -151,6 +151,7 @@ REFERENCES: dict[str, tuple[Any, Any]] = {
     "rezero": (_pre(_nothing, _layer_gate), _nothing),
     "skipinit": (_pre(_nothing, _gate), _nothing),
     "t_fixup": (_pre(_nothing), _nothing),
+    "t_fixup_adam": (_pre(_nothing, lambda *_: 15 / BRANCHES), _nothing),
     "prenorm": (_pre(_layer_norm), _layer_norm),
     "postnorm": (_post(lambda net, path, stack: 1.0), _nothing),
     "ds_init": (_post(lambda net, path, stack: 1.0), _nothing),
@@ -179,7 +180,8 @@ def test_every_rival_of_transformers_has_a_reference() -> None:
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_a_rival_computes_its_equations(name: str) -> None:
-    model = trained(build(fixup_method=name, **SIZES)).double()
+    options = {"fixup_method": name, "fixup_output_bias": "none"}
+    model = trained(build(**options, **SIZES)).double()
     inputs = batch()
     logits, _ = model(**inputs)
     expected = Plain(model, *REFERENCES[name])(**inputs)
@@ -220,6 +222,30 @@ def test_t_fixup_draws_as_its_paper_says(shared: bool) -> None:
         if "embed" in name and name not in dict(model.named_parameters()):
             continue
         assert _std(model, name) == pytest.approx(std, rel=0.04), name
+
+
+@pytest.mark.parametrize("layers", [1, 12])
+def test_t_fixup_adam_draws_as_at_its_base_depth(layers: int) -> None:
+    stacks = {"encoder_layers": layers, "decoder_layers": layers}
+    model = build(fixup_method="t_fixup_adam", decoder_attention_heads=2, **stacks, **WIDE)
+    encoder, decoder = 0.67 * 3**-0.25, (9 * 3) ** -0.25
+    for name, std in {
+        "encoder.layers.0.fc1.weight": encoder * _xavier(128, 512),
+        "decoder.layers.0.encoder_attn.out_proj.weight": decoder * _xavier(128, 128),
+        "encoder.layers.0.self_attn.q_proj.weight": _xavier(128, 128) / math.sqrt(2),
+        "encoder.embed_tokens.weight": (9 * 3) ** -0.25 * 128**-0.5,
+    }.items():
+        assert _std(model, name) == pytest.approx(std, rel=0.04), name
+
+
+def test_t_fixup_adam_is_t_fixup_where_the_rate_was_tuned() -> None:
+    stacks = {"encoder_layers": 3, "decoder_layers": 3}
+    logits = {}
+    for method in ("t_fixup", "t_fixup_adam"):
+        torch.manual_seed(5)
+        options = {"fixup_method": method, "fixup_output_bias": "none"}
+        logits[method] = build(**options, **SIZES | stacks)(**batch())[0]
+    torch.testing.assert_close(logits["t_fixup"], logits["t_fixup_adam"], rtol=0, atol=0)
 
 
 def test_deepnorm_draws_by_beta_and_shortens_nothing_else() -> None:
