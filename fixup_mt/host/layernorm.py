@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from fairseq.logging import metrics
+from fairseq.tasks.fairseq_task import FairseqTask
 from fairseq.trainer import Trainer
 
 from fixup_mt.errors import UserError
@@ -74,6 +75,8 @@ def start_from_layernorm(original: Any) -> Any:
         if not isinstance(trainer, Trainer):
             return loaded
         options = FixupOptions.of(trainer.cfg.model)
+        if getattr(trainer.get_model(), "removal", None) is not None:
+            check_task(trainer.task)
         file, distil = options.from_layernorm, options.removal_distil
         fresh = not trainer.get_num_updates()
         if file and (fresh or distil):
@@ -197,6 +200,15 @@ def check_removal(options: Any) -> None:
         raise UserError(
             f"--max-update {length} ends the run before the last norm is gone: give "
             f"--fixup-removal-updates {int(0.8 * length)}, or more updates than {removal}"
+        )
+
+
+def check_task(task: FairseqTask) -> None:
+    """Raise ``UserError`` where a task's own step would leave the logits free."""
+    if type(task).train_step is not FairseqTask.train_step:
+        raise UserError(
+            f"--fixup-remove-norms: {type(task).__name__} has a training step of its own, in which "
+            "nothing holds the logits: train with --task translation or language_modeling"
         )
 
 

@@ -339,6 +339,7 @@ def test_an_export_before_the_end_is_refused(
         (("--arch", "transformer_fixup_lm"),
          ("is a model of --arch transformer, which cannot become one of",)),
         (("--fixup-method", "fixup"), ("--fixup-method is fixup, and",)),
+        (("--task", "translation_lev"), ("Task has a training step of its own, in",)),
         (("--fixup-removal-distil", -1), ("--fixup-removal-distil is -1: give 0 or",)),
         (("--fixup-removal-distil", "nan"), ("--fixup-removal-distil is nan: give 0 or",)),
         (("--fixup-removal-distil", 1, "--fixup-remove-norms", "none"),
