@@ -16,24 +16,18 @@ import argparse
 import copy
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
+from networks import NETS, Data, Network
 from side_by_side import compare, machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fixup_core as fc
-from vision.data import CIFAR10
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.core import foreign
 
 AS_IT_IS, FIXUP = "as it is", "fixup_"
 ADAM = "fixup_, fixup_adam"
@@ -45,128 +39,8 @@ NO_FREQUENCIES = "fixup_, no frequencies"
 CONTESTANTS = (AS_IT_IS, FIXUP, ADAM, UNCALIBRATED, NO_FREQUENCIES)
 BASE = 8.0
 """c of ``fixup_adam``."""
-RESNET = (0.0005, 0.001, 0.002, 0.004)
-SMALL = (0.002, 0.004, 0.008, 0.016)
-VIT = (0.0001, 0.0003, 0.001, 0.003)
-LARGE_VIT = (0.00003, 0.0001, 0.0003, 0.001)
-TEXT = (0.002, 0.003, 0.006, 0.012)
 SCALES = (1.0, 3.0)
 """Of the product of a branch's factors: the rule has ``scale / sqrt(L)``."""
-BLOCK = 64
-"""Bytes that the language model reads at a time."""
-
-
-def _gpt2() -> nn.Module:
-    """4 layers of GPT-2, 128 wide, on bytes."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=256,
-        n_positions=BLOCK,
-        n_embd=128,
-        n_layer=4,
-        n_head=4,
-        activation_function="gelu",
-        tie_word_embeddings=False,
-    )
-    return Logits(GPT2LMHeadModel(config))
-
-
-def _llama() -> nn.Module:
-    """4 layers of Llama, 128 wide, on bytes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=BLOCK,
-        tie_word_embeddings=False,
-    )
-    return Logits(LlamaForCausalLM(config))
-
-
-class Logits(nn.Module):
-    """A language model of ``transformers``: tokens to logits."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model(input_ids=tokens, use_cache=False).logits
-
-
-def _timm(name: str, **options: Any) -> nn.Module:
-    import timm
-
-    return timm.create_model(name, num_classes=10, **options)
-
-
-class ByteModel(nn.Module):
-    """``nn.TransformerEncoder`` on bytes, each predicted from those before it."""
-
-    def __init__(self, depth: int = 4, width: int = 128, norm_first: bool = False) -> None:
-        super().__init__()
-        self.bytes, self.places = nn.Embedding(256, width), nn.Embedding(BLOCK, width)
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout=0.1, batch_first=True, norm_first=norm_first
-        )
-        norm = nn.LayerNorm(width) if norm_first else None
-        self.encoder = nn.TransformerEncoder(layer, depth, norm, enable_nested_tensor=False)
-        self.head = nn.Linear(width, 256)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(BLOCK))
-
-    def forward(self, text: Tensor) -> Tensor:
-        x = self.bytes(text) + self.places.weight
-        return self.head(self.encoder(x, mask=self.mask, is_causal=True))
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A network, the side of its images (0: text) and its learning rates."""
-
-    make: Callable[[], nn.Module]
-    side: int
-    rates: tuple[float, ...]
-
-    def settings(
-        self, contestant: str, rates: list[float] | None = None
-    ) -> list[tuple[float, float]]:
-        """Learning rates and scales of the rule, the same number for each contestant."""
-        if rates or contestant in (AS_IT_IS, ADAM):
-            return [(lr, BASE if contestant == ADAM else 1.0) for lr in rates or self.rates]
-        return [(lr, scale) for lr in self.rates[1:3] for scale in SCALES]
-
-
-tv = torchvision.models
-NETS = {
-    "torchvision resnet18": Entry(lambda: tv.resnet18(num_classes=10), 32, RESNET),
-    "torchvision resnet50": Entry(lambda: tv.resnet50(num_classes=10), 32, RESNET),
-    "timm resnet50d": Entry(lambda: _timm("resnet50d"), 32, RESNET),
-    "torchvision convnext_tiny": Entry(lambda: tv.convnext_tiny(num_classes=10), 32, RESNET),
-    "torchvision vit_b_16": Entry(
-        lambda: tv.vit_b_16(num_classes=10, image_size=32), 32, LARGE_VIT
-    ),
-    "timm vit_tiny": Entry(
-        lambda: _timm("vit_tiny_patch16_224", img_size=32, patch_size=8), 32, VIT
-    ),
-    "nn.TransformerEncoder": Entry(ByteModel, 0, TEXT),
-    "nn.TransformerEncoder, pre-norm": Entry(lambda: ByteModel(norm_first=True), 0, TEXT),
-    "PreActivation": Entry(foreign.PreActivation, 32, SMALL),
-    "Separable": Entry(foreign.Separable, 32, SMALL),
-    "GatedMlp": Entry(foreign.GatedMlp, 32, SMALL),
-    "timm resnet26d": Entry(lambda: _timm("resnet26d"), 32, RESNET),
-    "timm regnetx_002": Entry(lambda: _timm("regnetx_002"), 32, RESNET),
-    "timm convnext_atto": Entry(lambda: _timm("convnext_atto"), 32, RESNET),
-}
-if find_spec("transformers"):
-    NETS |= {
-        "transformers GPT-2": Entry(_gpt2, 0, TEXT),
-        "transformers Llama": Entry(_llama, 0, TEXT),
-    }
 
 
 def main() -> None:
@@ -207,44 +81,6 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Data:
-    """Batches of training data, and one set of validation data."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.batch = args.batch
-        if args.images:
-            images = CIFAR10(root=args.images, crop=0, flip=False, download=False).load(train=True)
-            mean = torch.tensor(CIFAR10.mean).view(3, 1, 1)
-            std = torch.tensor(CIFAR10.std).view(3, 1, 1)
-            order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(0))
-            self.images = (images.images[order].float() / 255 - mean) / std
-            self.labels = images.labels[order].long()
-        if args.text:
-            self.text = torch.tensor(list(args.text.read_bytes()))
-
-    def batches(self, side: int, steps: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same in every run from a seed."""
-        generator = torch.Generator().manual_seed(100 + seed)
-        for _ in range(steps):
-            yield self._drawn(side, generator, valid=False)
-
-    def validation(self, side: int) -> list[tuple[Tensor, Tensor]]:
-        """2,000 images or stretches of text."""
-        generator = torch.Generator().manual_seed(2)
-        return [self._drawn(side, generator, valid=True) for _ in range(2000 // self.batch)]
-
-    def _drawn(self, side: int, generator: torch.Generator, valid: bool) -> tuple[Tensor, Tensor]:
-        size = len(self.images) if side else len(self.text) - BLOCK - 1
-        edge = size * 9 // 10
-        low, high = (edge, size) if valid else (0, edge)
-        chosen = torch.randint(low, high, (self.batch,), generator=generator)
-        if side:
-            images = F.interpolate(self.images[chosen], size=(side, side))
-            return images.contiguous(memory_format=torch.channels_last), self.labels[chosen]
-        text = self.text[chosen[:, None] + torch.arange(BLOCK + 1)]
-        return text[:, :-1], text[:, 1:]
-
-
 def _measure(
     name: str, data: Data, args: argparse.Namespace, done: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
@@ -268,7 +104,7 @@ def _measure(
             }
 
         known = {(row["lr"], row["scale"], row["seed"]) for row in trained}
-        for lr, scale in entry.settings(contestant, args.rates):
+        for lr, scale in _settings(entry, contestant, args.rates):
             if (lr, scale, 0) not in known:
                 trained.append(train(lr, scale, 0))
                 yield trained[-1]
@@ -276,6 +112,15 @@ def _measure(
         for seed in range(1, args.seeds):
             if (best["lr"], best["scale"], seed) not in known:
                 yield train(best["lr"], best["scale"], seed)
+
+
+def _settings(
+    net: Network, contestant: str, rates: list[float] | None
+) -> list[tuple[float, float]]:
+    """Learning rates and scales of the rule, the same number for each contestant."""
+    if rates or contestant in (AS_IT_IS, ADAM):
+        return [(lr, BASE if contestant == ADAM else 1.0) for lr in rates or net.rates]
+    return [(lr, scale) for lr in net.rates[1:3] for scale in SCALES]
 
 
 def _rows(rows: list[dict[str, Any]], name: str, contestant: str) -> list[dict[str, Any]]:
@@ -287,7 +132,9 @@ def _best(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return min((row for row in rows if row["seed"] == 0), key=_finite_loss)
 
 
-def _net(entry: Entry, contestant: str, data: Data, scale: float = 1.0, seed: int = 0) -> nn.Module:
+def _net(
+    entry: Network, contestant: str, data: Data, scale: float = 1.0, seed: int = 0
+) -> nn.Module:
     torch.manual_seed(seed)
     net = entry.make().to(memory_format=torch.channels_last)
     if contestant != AS_IT_IS:
@@ -322,7 +169,7 @@ def _loss(net: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
 
 
-def _step(net: nn.Module, entry: Entry, data: Data) -> Callable[[], None]:
+def _step(net: nn.Module, entry: Network, data: Data) -> Callable[[], None]:
     net = copy.deepcopy(net)
     inputs, labels = next(data.batches(entry.side, 1))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convert import BLOCK, NETS, Data
+from networks import BLOCK, NETS, Data
 from side_by_side import compare, machine
 from torch import Tensor, nn
 from torch.nn import functional as F
