@@ -121,6 +121,7 @@ CASES: dict[str, Case] = {
     ),
     "head at 1/8 rate": replace(FIXUP_ADAM, rates=only("output_projection.weight", 1 / 8)),
     "t_fixup": Case("t_fixup"),
+    "t_fixup_adam": Case("t_fixup_adam"),
     "t_fixup, warm-up 20": Case("t_fixup", warmup=20),
     "prenorm": Case("prenorm"),
     "rezero": Case("rezero"),

@@ -119,7 +119,8 @@ class ResidualBranch:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight stands in a built network. Everything is counted, nothing is passed in.
+    """Where a weight stands in a built network. Everything is counted, nothing is passed in; only
+    what ``in_network_of`` returns is of a network that nobody built.
 
     Attributes:
         branch: Its residual branch.

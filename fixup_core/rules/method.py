@@ -56,8 +56,8 @@ class Method:
         depth_power: Branches are multiplied by the fixed number ``(c / L) ** depth_power``, c the
             ``base_branches``; ``None``: by none.
         base_branches: c, the residual branches of the network at which the rate was tuned.
-        starts_at_base: ``factor`` and ``embeddings`` are those of a network of c branches, so that
-            the fixed number is all that depends on the depth.
+        starts_at_base: ``factor`` and ``embeddings`` are those of a network of c branches: of all
+            that is written at the start only the fixed number depends on the depth.
         branch_scale: Branches are multiplied by this fixed number, at any depth, and what enters
             one is divided by the standard deviation that the sum of the branches before it has if
             each has a variance of 1; ``None``: neither.
@@ -136,7 +136,7 @@ class Method:
             branches: c; ``None`` leaves the record's own.
 
         Raises:
-            UserError: It is not positive, or the method knows no such number.
+            UserError: It is below 0.001, or the method knows no such number.
         """
         if branches is None:
             return self

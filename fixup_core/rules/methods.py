@@ -187,8 +187,9 @@ _RIVALS = (
         "t_fixup_adam",
         "T-Fixup as it starts at c branches, at any depth: branches times the fixed number c / L",
         "Huang et al. 2020, carried over to depth; exponent as Dey et al. 2025",
-        differs="the scales of a network of c branches, 3 + 3 layers by default, at every depth; "
-        "the output starts at the frequencies of the words",
+        differs="the scales of a network of c branches, 15 by default as 3 + 3 layers have, at any "
+        "depth; a tied output layer is scaled with its embedding; the output starts at the "
+        "frequencies of the words",
         factor=t_fixup_factor,
         embeddings=t_fixup_embeddings,
         head_prior=True,

@@ -11,6 +11,9 @@ import math
 
 from fixup_core.errors import UserError
 
+SMALLEST_BASE = 1e-3
+"""Below it no network is meant, and numbers run out: a base is a count, or a scale near it."""
+
 
 def branch_scale(num_branches: float, layers_per_branch: int) -> float:
     """Factor of every weight layer of a residual branch but the last: ``L ** (-1 / (2m - 2))``.
@@ -56,13 +59,13 @@ def depth_constant(num_branches: float, base: float, power: float = 1.0) -> floa
 
     Args:
         num_branches: L, at least 1.
-        base: c, the residual branches of the network whose learning rate is known; positive.
+        base: c, the residual branches of the network whose learning rate is known; at least 0.001.
         power: 1/2 keeps the size of the sum of all branches (depth-muP).
 
     Raises:
-        UserError: ``base`` is not positive.
+        UserError: ``base`` is smaller, or no number.
     """
-    if not 0 < base < math.inf:
+    if not SMALLEST_BASE <= base < math.inf:
         raise UserError(
             f"the base branches are {base:g}: give the number of residual branches, above 0, of "
             "the network at which the learning rate was tuned"

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from fairseq.logging import metrics
-from fairseq.tasks.fairseq_task import FairseqTask
 from fairseq.trainer import Trainer
+from torch import Tensor
 
 from fixup_mt.errors import UserError
 from fixup_mt.host.patches import patch
@@ -75,8 +75,6 @@ def start_from_layernorm(original: Any) -> Any:
         if not isinstance(trainer, Trainer):
             return loaded
         options = FixupOptions.of(trainer.cfg.model)
-        if getattr(trainer.get_model(), "removal", None) is not None:
-            check_task(trainer.task)
         file, distil = options.from_layernorm, options.removal_distil
         fresh = not trainer.get_num_updates()
         if file and (fresh or distil):
@@ -105,37 +103,52 @@ def best_without_norms(original: Any) -> Any:
     return save_checkpoint
 
 
-@patch(
-    "fairseq.tasks.fairseq_task:FairseqTask.train_step",
-    "self sample model criterion optimizer update_num ignore_grad",
-)
+@patch("fairseq.trainer:Trainer.train_step", "self samples raise_oom")
 def hold_the_logits(original: Any) -> Any:
-    """The loss of a model whose norms go has the anchor, and the divergence from a teacher."""
+    """The loss of a model whose norms go has the anchor, and the divergence from a teacher.
 
-    def train_step(
-        self: Any, sample: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        removal = getattr(model, "removal", None)  # through what wraps it on several processes, too
-        if removal is None:
-            return original(self, sample, model, criterion, *args, **kwargs)
+    It is added to what the criterion returns, since a task may have a step of its own.
+    """
 
-        teacher = getattr(model, "teacher", None)
+    def train_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = self.get_model()
+        if getattr(model, "removal", None) is None:
+            return original(self, *args, **kwargs)
+        with outputs_seen(self.model) as seen:
 
-        def held(*given: Any) -> Any:
-            with outputs_seen(model) as seen:
-                loss, sample_size, logged = criterion(*given)
-            metrics.log_scalar("norms_left", removal.share, priority=600, round=3)
-            more = {} if removal.anchor is None else {"anchor": (1.0, removal.loss())}
-            if teacher is not None:
-                more["divergence"] = (teacher.weight, teacher.divergence(seen, sample))
-            for name, (weight, value) in more.items():
-                metrics.log_scalar(name, value.item(), priority=600, round=5)
-                loss = loss + sample_size * weight * value.to(loss)
-            return loss, sample_size, logged
+            def hold(criterion: Any, given: Any, result: Any) -> Any:
+                loss, sample_size, logged = result
+                held = _held(model, seen, given[1])
+                seen.clear()
+                return loss + sample_size * held.to(loss), sample_size, logged
 
-        return original(self, sample, model, held, *args, **kwargs)
+            handle = self.criterion.register_forward_hook(hold)
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                handle.remove()
 
     return train_step
+
+
+def _held(model: Any, seen: Sequence[Any], sample: Any) -> Tensor:
+    """What a batch adds to the loss, for a word.
+
+    Args:
+        model: Its norms go.
+        seen: What it returned.
+        sample: The batch.
+    """
+    removal, teacher = model.removal, getattr(model, "teacher", None)
+    metrics.log_scalar("norms_left", removal.share, priority=600, round=3)
+    more = {} if removal.anchor is None else {"anchor": (1.0, removal.loss())}
+    if teacher is not None:
+        more["divergence"] = (teacher.weight, teacher.divergence(seen, sample))
+    total = torch.zeros(())
+    for name, (weight, value) in more.items():
+        metrics.log_scalar(name, value.item(), priority=600, round=5)
+        total = total.to(value) + weight * value
+    return total
 
 
 def saved_model(file: str) -> tuple[dict[str, Any], Any]:
@@ -200,15 +213,6 @@ def check_removal(options: Any) -> None:
         raise UserError(
             f"--max-update {length} ends the run before the last norm is gone: give "
             f"--fixup-removal-updates {int(0.8 * length)}, or more updates than {removal}"
-        )
-
-
-def check_task(task: FairseqTask) -> None:
-    """Raise ``UserError`` where a task's own step would leave the logits free."""
-    if type(task).train_step is not FairseqTask.train_step:
-        raise UserError(
-            f"--fixup-remove-norms: {type(task).__name__} has a training step of its own, in which "
-            "nothing holds the logits: train with --task translation or language_modeling"
         )
 
 

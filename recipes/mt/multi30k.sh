@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Multi30k German to English: image captions, 29,000 pairs. A real task that trains on a laptop.
 #
-# Reproduces: nothing published by the Fixup paper; it compares Fixup, T-Fixup and fixup_adam with
-#   LayerNorm (post-norm and pre-norm) on the same small Transformer: 3+3 layers, 256 wide, 1024
+# Reproduces: nothing published by the Fixup paper; it compares Fixup, T-Fixup and both carried over to
+#   depth with LayerNorm (post-norm and pre-norm) on the same small Transformer: 3+3 layers, 256 wide, 1024
 #   inside, 4 heads.
 # Target: the sacreBLEU scores on test_2016_flickr in recipes/README.md.
 # Hardware: two CPU cores, 4 GB of memory, 2 GB of disk a run. One GPU is used where there is one.

@@ -18,7 +18,7 @@ from tests.core.convert.nets import IMAGES, NETS, Net, Small, assert_refused
 from tests.core.foreign import GatedMlp, PreActivation
 
 TAKEN = ("fixup_adam", "fixup_complete", "skipinit", "rezero")
-REFUSED = ("batchnorm", "prenorm", "dyt", "t_fixup", "none", "xavier", "lsuv", "nf")
+REFUSED = ("batchnorm", "prenorm", "dyt", "t_fixup", "t_fixup_adam", "none", "xavier", "lsuv", "nf")
 SUBJECTS = ("encoder", "PreActivation", "Separable", "GatedMlp")
 
 

@@ -93,6 +93,12 @@ def test_under_adam_a_fixed_number_is_flat_after_every_step() -> None:
     assert check.movement is not None and abs(check.movement.value) < 0.1
 
 
+def test_under_adam_t_fixup_grows_and_carried_over_to_depth_does_not() -> None:
+    check, own = _adam("t_fixup_adam"), _adam("t_fixup")
+    assert all(-0.3 < slope.value < 0 for slope in check.slopes)
+    assert own.verdict == "growing" and own.slopes[0].value > 0.4
+
+
 @pytest.mark.parametrize(("method", "slope"), [("fixup", 0.75), ("fixup_attention_m2", 0.5)])
 def test_under_adam_the_papers_factor_grows(method: str, slope: float) -> None:
     check = _adam(method)

@@ -302,6 +302,7 @@ def test_base_branches_are_an_option_and_survive_half_precision() -> None:
         ({"method": "fixup_adam", "base_branches": 0.0}, "base branches are 0"),
         ({"method": "fixup_adam", "base_branches": -3.0}, "base branches are -3"),
         ({"method": "fixup_adam", "base_branches": math.nan}, "base branches are nan"),
+        ({"method": "t_fixup_adam", "base_branches": 1e-300}, "base branches are 1e-300"),
         ({"method": "fixup", "base_branches": 4.0}, "'fixup' has no factor of the depth"),
     ],
 )
