@@ -7,7 +7,7 @@ in channels_last:
 - ``bare``: the same network without normalisation and without scalars;
 - ``Fixup``: scalars fused (``fixup_core.fuse.ops``); ``folded``: by ``fixup_core.fuse.fold``;
 - ``Fixup, plain``: every scalar a pass over its tensor, as the authors' code has it;
-- ``BatchNorm``.
+- ``BatchNorm``; ``nf``, whose weights are standardised in every step.
 
 ``--device cuda`` measures on a GPU, where peaks are those of PyTorch's allocator.
 
@@ -54,6 +54,7 @@ METHODS = {
     "Fixup": "fixup",
     "Fixup, plain": "fixup",
     "BatchNorm": "batchnorm",
+    "nf": "nf",
 }
 PRECISIONS = ("float32", "bfloat16")
 
