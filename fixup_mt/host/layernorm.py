@@ -119,14 +119,16 @@ def hold_the_logits(original: Any) -> Any:
             def hold(criterion: Any, given: Any, result: Any) -> Any:
                 loss, sample_size, logged = result
                 held = _held(model, seen, given[1])
-                seen.clear()
                 return loss + sample_size * held.to(loss), sample_size, logged
 
-            handle = self.criterion.register_forward_hook(hold)
+            # Before and not behind: a batch that found no memory leaves what it has returned.
+            before = self.criterion.register_forward_pre_hook(lambda *given: seen.clear())
+            behind = self.criterion.register_forward_hook(hold)
             try:
                 return original(self, *args, **kwargs)
             finally:
-                handle.remove()
+                before.remove()
+                behind.remove()
 
     return train_step
 
