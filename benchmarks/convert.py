@@ -115,12 +115,12 @@ def _measure(
 
 
 def _settings(
-    net: Network, contestant: str, rates: list[float] | None
+    entry: Network, contestant: str, rates: list[float] | None
 ) -> list[tuple[float, float]]:
     """Learning rates and scales of the rule, the same number for each contestant."""
     if rates or contestant in (AS_IT_IS, ADAM):
-        return [(lr, BASE if contestant == ADAM else 1.0) for lr in rates or net.rates]
-    return [(lr, scale) for lr in net.rates[1:3] for scale in SCALES]
+        return [(lr, BASE if contestant == ADAM else 1.0) for lr in rates or entry.rates]
+    return [(lr, scale) for lr in entry.rates[1:3] for scale in SCALES]
 
 
 def _rows(rows: list[dict[str, Any]], name: str, contestant: str) -> list[dict[str, Any]]:

@@ -193,6 +193,14 @@ def layernorm(request: Any, data_bin: Path, tmp_path_factory: pytest.TempPathFac
     return folder / "checkpoint_last.pt"
 
 
+@pytest.fixture
+def prenorm(layernorm: Path) -> Path:
+    """The same of pre-norm alone, for what is the same for both."""
+    if layernorm.parent.name == "postnorm":
+        pytest.skip("the same for both")
+    return layernorm
+
+
 def _remove(data_bin: Path, start: Path, save_dir: Path, *more: object, **options: Any) -> Any:
     flags = {
         "--arch": "transformer_fixup",
@@ -274,17 +282,15 @@ def test_a_run_that_goes_on_is_the_same_bit_for_bit(
 
 
 def test_a_teacher_holds_the_words_of_the_model_as_it_was(
-    layernorm: Path, data_bin: Path, tmp_path: Path
+    prenorm: Path, data_bin: Path, tmp_path: Path
 ) -> None:
     """It is nearer to the model with norms than without a teacher; no checkpoint holds it, and a
     run that goes on has it again.
     """
-    if layernorm.parent.name == "postnorm":
-        pytest.skip("the same for both")
 
     def logged(save_dir: Path, *more: object) -> list[float]:
         more = ("--fixup-remove-norms", "at_once", "--fixup-removal-anchor", 0, *more)
-        done = _remove(data_bin, layernorm, save_dir, *more)
+        done = _remove(data_bin, prenorm, save_dir, *more)
         found = re.findall(r'"divergence": "([^"]+)"', done.stdout + done.stderr)
         return [float(value) for value in found]
 
@@ -302,11 +308,9 @@ def test_a_teacher_holds_the_words_of_the_model_as_it_was(
 
 
 def test_a_task_with_a_step_of_its_own_has_the_anchor(
-    layernorm: Path, data_bin: Path, tmp_path: Path
+    prenorm: Path, data_bin: Path, tmp_path: Path
 ) -> None:
-    if layernorm.parent.name == "postnorm":
-        pytest.skip("the same for both")
-    done = _remove(data_bin, layernorm, tmp_path / "run", "--task", "translation_lev")
+    done = _remove(data_bin, prenorm, tmp_path / "run", "--task", "translation_lev")
     anchors = re.findall(r'"anchor": "([^"]+)"', done.stdout + done.stderr)
     assert float(anchors[-1]) > 0
 
@@ -359,24 +363,20 @@ def test_what_does_not_fit_is_refused(
     more: tuple[object, ...],
     words: tuple[str, ...],
     data_bin: Path,
-    layernorm: Path,
+    prenorm: Path,
     tmp_path: Path,
 ) -> None:
-    if layernorm.parent.name == "postnorm":
-        pytest.skip("the same for both")
-    done = _remove(data_bin, layernorm, tmp_path / "run", *more, check=False)
+    done = _remove(data_bin, prenorm, tmp_path / "run", *more, check=False)
     _refused(done, *words)
 
 
 def test_other_dictionaries_are_refused(
-    layernorm: Path, corpus: Path, data_bin: Path, tmp_path: Path
+    prenorm: Path, corpus: Path, data_bin: Path, tmp_path: Path
 ) -> None:
-    if layernorm.parent.name == "postnorm":
-        pytest.skip("the same for both")
     prefixes = [f"--{split}pref={corpus / split}" for split in ("train", "valid", "test")]
     languages = ("-s", "de", "-t", "en", "--joined-dictionary", "--nwordssrc", 16)
     fairseq("preprocess", *prefixes, *languages, "--destdir", tmp_path / "bin")
-    done = _remove(tmp_path / "bin", layernorm, tmp_path / "run", check=False)
+    done = _remove(tmp_path / "bin", prenorm, tmp_path / "run", check=False)
     _refused(done, "another architecture, or of other dictionaries", "embed_tokens")
 
 
